@@ -1,0 +1,197 @@
+"""The rows that stages exchange on disk, as JSON Lines. Bump SCHEMA when a field changes its meaning."""
+
+import dataclasses
+import json
+import os
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from jaxdistill.errors import UserError
+
+SCHEMA = 1
+
+Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": text, "reasoning_content"?: text}
+FinishReason = Literal["stop", "length", "content_filter"]
+Label = Literal["correct", "wrong", "unverifiable"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One question, with a gold answer where there is one."""
+
+    id: str
+    problem: str
+    answer: str | None = None
+    solution: str | None = None  # worked solution of the source, if any
+    source: str = ""
+    licence: str = ""
+    language: str = "en"
+    meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Usage:
+    """Token counts as the API reported them; output includes reasoning."""
+
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    reasoning_tokens: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """Whether an answer equals the gold one, and the rule that decided."""
+
+    label: Label
+    rule: str
+    extracted: str | None = None  # the answer that was compared
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chain:
+    """One teacher answer to one problem."""
+
+    id: str
+    problem_id: str
+    messages: tuple[Message, ...]  # prompt and answer; the answer's reasoning under "reasoning_content"
+    reasoning_kind: Literal["full", "summary", "answer_only", "synthesized"]
+    teacher: str  # model name as the server gave it
+    prompt_hash: str  # sha256 of model, messages and parameters
+    request_id: str
+    sample_index: int
+    finish_reason: FinishReason
+    usage: Usage
+    cost_usd: float
+    verdict: Verdict
+    created: float  # seconds since the epoch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Example:
+    """One conversation to train on: loss falls on the assistant's messages."""
+
+    id: str
+    messages: tuple[Message, ...]
+    weight: float = 1.0
+    provenance: tuple[str, ...] = ()  # ids of the chains or problems it came from
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Completion:
+    """One sampled answer of a model under evaluation."""
+
+    id: str  # task/item_id/sample_index
+    task: str
+    item_id: str
+    sample_index: int
+    seed: int
+    settings: Mapping[str, Any]  # temperature, top_p, ... as sampled
+    text: str
+    thinking_tokens: int
+    answer_tokens: int
+    finish_reason: Literal["stop", "length"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Score:
+    """The grade of one completion."""
+
+    completion_id: str
+    verdict: Verdict
+    grader: str
+
+
+Row = TypeVar("Row")
+
+
+def read_jsonl(path: str | os.PathLike[str], row_type: type[Row]) -> Iterator[Row]:
+    """Yields the rows of a JSON Lines file.
+
+    Unknown keys are an error: a typing mistake in an optional key would be lost without a word.
+
+    Raises:
+      UserError: the file is missing, or a line is not a JSON object with the fields of `row_type`; names the line.
+    """
+    for number, values in read_json_objects(path):
+        yield from_dict(values, row_type, where=f"{path}:{number}")
+
+
+def read_json_objects(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields (line number from 1, object) for each non-empty line of a JSON Lines file of any shape."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected a JSON Lines file")
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                values = json.loads(line)
+            except (UnicodeDecodeError, json.JSONDecodeError) as error:
+                raise UserError(
+                    f"{path}:{number}: not valid JSON ({error}); expected one object a line; mend or remove the line"
+                ) from None
+            if not isinstance(values, dict):
+                raise UserError(f"{path}:{number}: found a JSON {type(values).__name__}, expected an object")
+            yield number, values
+
+
+def from_dict(values: Mapping[str, Any], row_type: type[Row], where: str) -> Row:
+    """Builds a row from parsed JSON, nested rows included; `where` starts the error message."""
+    fields = {field.name: field for field in dataclasses.fields(row_type)}  # type: ignore[arg-type]
+    required = {n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING}
+    missing, unknown = sorted(required - values.keys()), sorted(values.keys() - fields.keys())
+    if missing or unknown:
+        raise UserError(
+            f"{where}: not a {row_type.__name__}: missing fields {missing}, unknown fields {unknown}; "
+            f"expected {sorted(required)} and optionally {sorted(fields.keys() - required)}"
+        )
+    hints = typing.get_type_hints(row_type)
+    return row_type(**{name: _value(value, hints[name], f"{where}: {name}") for name, value in values.items()})
+
+
+def _value(value: Any, hint: Any, where: str) -> Any:
+    """Checks one JSON value against its annotation; lists become tuples and objects nested rows."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in arguments:
+            return None
+        return _value(value, next(a for a in arguments if a is not type(None)), where)
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return from_dict(value, hint, where)  # type: ignore[arg-type]
+    if origin is tuple and isinstance(value, list):
+        return tuple(_value(v, arguments[0], f"{where}[{i}]") for i, v in enumerate(value))
+    if origin is Literal and value in arguments:
+        return value
+    if origin is Mapping and isinstance(value, dict):
+        return {key: _value(v, arguments[1], f"{where}.{key}") for key, v in value.items()}
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    expected = f"one of {list(arguments)}" if origin is Literal else getattr(hint, "__name__", str(hint))
+    raise UserError(f"{where}: found {value!r:.80}, expected {expected}")
+
+
+def to_json(row: Any) -> str:
+    """One row as one line of JSON, without the newline."""
+    return json.dumps(dataclasses.asdict(row), ensure_ascii=False)
+
+
+def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Any]) -> int:
+    """Writes rows and returns their number; the file appears whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    count = 0
+    with partial.open("w", encoding="utf-8") as lines:
+        for row in rows:
+            lines.write(to_json(row) + "\n")
+            count += 1
+    partial.replace(path)
+    return count
