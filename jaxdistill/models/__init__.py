@@ -1,0 +1,24 @@
+"""Model families: a family is the file named after Hugging Face's `model_type`, with `Block`, `config` and `block`."""
+
+import importlib
+import pkgutil
+from types import ModuleType
+
+from jaxdistill.errors import UserError
+
+_SHARED = {"attention", "config", "decoder", "layers"}
+FAMILIES = sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _SHARED)
+
+
+def family(model_type: str) -> ModuleType:
+    """The module that implements a `model_type`.
+
+    Raises:
+      UserError: there is none.
+    """
+    if model_type not in FAMILIES:
+        raise UserError(
+            f"config.json has model_type {model_type!r}; implemented are {', '.join(FAMILIES)}. "
+            f"To add it, write jaxdistill/models/{model_type}.py (CONTRIBUTING.md)"
+        )
+    return importlib.import_module(f"{__name__}.{model_type}")

@@ -1,0 +1,145 @@
+"""The numbers that define a dense decoder, read from a Hugging Face `config.json` of either schema."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from jaxdistill.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rope:
+    """Rotary position embedding; field names follow transformers' `rope_parameters`."""
+
+    theta: float
+    kind: Literal["default", "llama3", "yarn"] = "default"
+    factor: float = 1.0  # context extension, new positions over old
+    original_positions: int = 0  # positions before the extension
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    attention_factor: float = 1.0  # yarn: multiplies cos and sin
+    truncate: bool = True  # yarn: round the correction range to whole dimensions
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Architecture of a dense decoder; letters of docs/shapes.md in the comments."""
+
+    model_type: str  # Hugging Face's name, and the file of models/ that implements it
+    vocab: int  # V
+    embed: int  # D
+    mlp: int  # F
+    layers: int  # L
+    heads: int  # N
+    kv_heads: int  # K
+    head_dim: int  # H
+    norm_eps: float
+    rope: Rope
+    tied: bool  # the embedding is the head too
+    max_positions: int  # the longest document the model was made for
+
+    def sizes(self) -> dict[str, int]:
+        """Dimension sizes by letter."""
+        return {
+            "V": self.vocab,
+            "D": self.embed,
+            "M": self.embed,
+            "F": self.mlp,
+            "L": self.layers,
+            "N": self.heads,
+            "K": self.kv_heads,
+            "H": self.head_dim,
+        }
+
+    def flops_per_token(self, attended: float) -> float:
+        """Training FLOPs of one token that sits in a document of `attended` tokens.
+
+        6 x matmul weights (head included, embedding lookup not) + 6 x layers x heads x head_dim x document length:
+        the causal half of 12 x layers x heads x head_dim x length.
+        """
+        per_layer = self.embed * self.head_dim * (2 * self.heads + 2 * self.kv_heads) + 3 * self.embed * self.mlp
+        matmul_weights = self.layers * per_layer + self.vocab * self.embed
+        return 6.0 * matmul_weights + 6.0 * self.layers * self.heads * self.head_dim * attended
+
+
+def read_config(hf: Mapping[str, Any], unsupported: Mapping[str, Any]) -> Config:
+    """Reads the fields that Llama-like configs share.
+
+    Args:
+      hf: parsed config.json.
+      unsupported: key -> the only value this family implements; another value is refused.
+
+    Raises:
+      UserError: a key is missing, or asks for something the family does not implement; all are named at once.
+    """
+    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    problems = [f"{key} is missing" for key in needed if key not in hf]
+    for key, only in {"hidden_act": "silu", **unsupported}.items():
+        if hf.get(key, only) not in (only, None):
+            problems.append(f"{key} is {hf[key]!r}, implemented is {only!r}")
+    if problems:
+        raise UserError(f"config.json of model_type {hf.get('model_type')!r}: {'; '.join(problems)}")
+    heads, positions = hf["num_attention_heads"], hf.get("max_position_embeddings", 2048)
+    return Config(
+        model_type=hf["model_type"],
+        vocab=hf["vocab_size"],
+        embed=hf["hidden_size"],
+        mlp=hf["intermediate_size"],
+        layers=hf["num_hidden_layers"],
+        heads=heads,
+        kv_heads=hf.get("num_key_value_heads") or heads,
+        head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
+        norm_eps=hf.get("rms_norm_eps", 1e-6),
+        rope=read_rope(hf, positions),
+        tied=bool(hf.get("tie_word_embeddings", False)),
+        max_positions=positions,
+    )
+
+
+def read_rope(hf: Mapping[str, Any], positions: int) -> Rope:
+    """Reads RoPE from `rope_parameters` (transformers 5) or from `rope_theta` and `rope_scaling` (transformers 4)."""
+    values = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+    theta = values.get("rope_theta", hf.get("rope_theta", _DEFAULT_THETA))
+    kind = values.get("rope_type", values.get("type", "default"))
+    if kind == "default":
+        return Rope(theta=float(theta))
+    if kind not in ("llama3", "yarn"):
+        raise UserError(f"config.json asks for RoPE scaling {kind!r}; implemented are 'default', 'llama3' and 'yarn'")
+    if "factor" not in values:
+        raise UserError(f"config.json: RoPE scaling {kind!r} needs a factor, found the keys {sorted(values)}")
+    numbers = {key: float(values[key]) for key in _ROPE_NUMBERS if values.get(key) is not None}
+    original = int(values.get("original_max_position_embeddings") or positions)
+    if kind == "yarn":
+        numbers.setdefault("attention_factor", _yarn_attention_factor(values))
+    truncate = bool(values.get("truncate", True))
+    return Rope(theta=float(theta), kind=kind, original_positions=original, truncate=truncate, **numbers)
+
+
+_DEFAULT_THETA = 10_000.0  # of transformers; Llama 2 checkpoints leave theta out
+_ROPE_NUMBERS = ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor")
+
+
+def _yarn_attention_factor(values: Mapping[str, Any]) -> float:
+    """Equation 22 of the YaRN paper (arXiv 2309.00071), with DeepSeek's mscale where a config has it."""
+
+    def mscale(weight: float) -> float:
+        return 0.1 * weight * math.log(values["factor"]) + 1.0 if values["factor"] > 1 else 1.0
+
+    if values.get("mscale") and values.get("mscale_all_dim"):
+        return mscale(values["mscale"]) / mscale(values["mscale_all_dim"])
+    return mscale(1.0)
+
+
+def write_rope(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with RoPE spelled in both schemas, so that transformers 4 and 5 read the same theta."""
+    values = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+    theta = values.pop("rope_theta", hf.get("rope_theta", _DEFAULT_THETA))
+    kind = values.setdefault("rope_type", values.pop("type", "default"))
+    written = {key: value for key, value in hf.items() if key not in ("rope_parameters", "rope_scaling", "rope_theta")}
+    written["rope_theta"] = theta
+    written["rope_parameters"] = {**values, "rope_theta": theta}
+    written["rope_scaling"] = None if kind == "default" else values
+    return written

@@ -1,0 +1,90 @@
+"""The decoder around the blocks: embedding, the scan over layers, final norm, head."""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from jaxdistill import models, weights
+from jaxdistill.models.attention import OUTPUT_NAME, packed_attention
+from jaxdistill.models.config import Config
+from jaxdistill.models.layers import rms_norm, rope_angles
+from jaxdistill.sharding import einsum, gather, spec
+from jaxdistill.weights import Weight, ones, weight
+
+Remat = Literal["full", "matmuls", "none"]
+
+
+@struct.dataclass
+class Params:
+    """Every weight of a model. `unembed` is None where the embedding is tied."""
+
+    blocks: Any
+    embed: Weight = weight("VD", "model.embed_tokens.weight")
+    final_norm: Weight = weight("M", "model.norm.weight", init=ones)
+    unembed: Weight | None = weight("VD", "lm_head.weight")
+
+
+def template(c: Config) -> Params:
+    """The weights this architecture has, as declarations without data."""
+    blocks = weights.template(models.family(c.model_type).Block, c.sizes())
+    return weights.template(Params, c.sizes(), blocks=blocks, **({"unembed": None} if c.tied else {}))
+
+
+def head(params: Params) -> Weight:
+    """The [V, D] matrix that turns hidden states into logits."""
+    return params.embed if params.unembed is None else params.unembed
+
+
+def embed(params: Params, tokens: Int[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
+    """Token embeddings. The table is gathered first: a lookup cannot cross shards of the vocabulary."""
+    table = jax.sharding.reshard(params.embed.astype(dtype), jax.P(None, None))
+    return table.at[tokens].get(out_sharding=spec("BTD"))
+
+
+def hidden(
+    params: Params,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    segments: Int[Array, "B T"],
+    c: Config,
+    dtype: Any,
+    remat: Remat = "full",
+) -> Float[Array, "B T D"]:
+    """Hidden states before the head, of packed rows.
+
+    Args:
+      positions: from 0 within each document.
+      segments: the document each position belongs to; attention never crosses documents. 0 is padding.
+      remat: what the backward pass finds saved: "full" only each layer's input, "matmuls" also the results of the
+        projections and of attention, "none" everything.
+    """
+    block = models.family(c.model_type).block
+    angles = rope_angles(positions, c.rope, c.head_dim)
+
+    def layer(x, w):
+        return block(x, w, angles, lambda q, k, v: (packed_attention(q, k, v, segments), None), c)
+
+    x, _ = jax.lax.scan(_remat(layer, remat), embed(params, tokens, dtype), params.blocks)
+    return rms_norm(x, params.final_norm, c.norm_eps)
+
+
+def _remat(layer: Any, policy: Remat) -> Any:
+    if policy == "none":
+        return layer
+    policies = jax.checkpoint_policies
+    saved = {
+        "full": policies.nothing_saveable,
+        "matmuls": policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(OUTPUT_NAME)
+        ),
+    }[policy]
+    return jax.checkpoint(layer, policy=saved)
+
+
+def logits(params: Params, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    """Logits in float32. For training use loss.py, which never holds a row of them."""
+    w = gather(head(params), "VD", x.dtype)
+    return einsum("BTD,VD->BTV", x, w, preferred_element_type=jnp.float32)

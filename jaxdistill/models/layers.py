@@ -1,0 +1,78 @@
+"""The layers that the model families share."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxdistill.models.config import Rope
+from jaxdistill.sharding import einsum, gather
+
+
+def rms_norm(x: Float[Array, "*dims C"], scale: Float[Array, " C"], eps: float) -> Float[Array, "*dims C"]:
+    """Root-mean-square norm over the last dimension, in float32."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return scale.astype(x.dtype) * x32.astype(x.dtype)
+
+
+Angles = tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]]  # cos and sin; H2 = H / 2
+
+
+def rope_angles(positions: Int[Array, "B T"], rope: Rope, head_dim: int) -> Angles:
+    """Cos and sin of each position's rotations, computed once for all layers.
+
+    Positions count from 0 within a packed document. Angles are float32: bfloat16 would round position 257 to 256.
+    """
+    angle = positions[..., None].astype(jnp.float32) * inverse_frequencies(rope, head_dim)
+    return jnp.cos(angle) * rope.attention_factor, jnp.sin(angle) * rope.attention_factor
+
+
+def apply_rope(x: Float[Array, "B T N H"], angles: Angles) -> Float[Array, "B T N H"]:
+    """Rotates each pair (i, i + H/2), as transformers' Llama does; float32 inside."""
+    cos, sin = (a[:, :, None, :] for a in angles)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def inverse_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
+    """Radians per position for each of the H/2 pairs, float32 [H/2].
+
+    Sources: transformers `modeling_rope_utils.py` (`_compute_llama3_parameters`, `_compute_yarn_parameters`).
+    """
+    exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
+    frequencies = rope.theta**-exponents
+    if rope.kind == "llama3":
+        wavelengths = 2 * math.pi / frequencies
+        low, high = rope.low_freq_factor, rope.high_freq_factor
+        smooth = np.clip((rope.original_positions / wavelengths - low) / (high - low), 0.0, 1.0)
+        frequencies = (1 - smooth) * frequencies / rope.factor + smooth * frequencies
+    elif rope.kind == "yarn":
+        low, high = _yarn_range(rope, head_dim)
+        ramp = np.clip((np.arange(head_dim // 2) - low) / (high - low), 0.0, 1.0)
+        frequencies = frequencies / rope.factor * ramp + frequencies * (1 - ramp)
+    return frequencies.astype(np.float32)
+
+
+def _yarn_range(rope: Rope, head_dim: int) -> tuple[float, float]:
+    """The pairs between which YaRN goes over from extrapolation to interpolation."""
+
+    def pair(rotations: float) -> float:
+        turns = rope.original_positions / (rotations * 2 * math.pi)
+        return head_dim * math.log(turns) / (2 * math.log(rope.theta))
+
+    low, high = pair(rope.beta_fast), pair(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    return low, high + 0.001 if low == high else high
+
+
+def swiglu(x: Float[Array, "B T D"], w: Any) -> Float[Array, "B T D"]:
+    """The gated MLP of Llama and Qwen; `w` is a block with w_gate, w_up and w_down."""
+    gate = einsum("BTD,DF->BTF", x, gather(w.w_gate, "DF", x.dtype))
+    up = einsum("BTD,DF->BTF", x, gather(w.w_up, "DF", x.dtype))
+    return einsum("BTF,FD->BTD", jax.nn.silu(gate) * up, gather(w.w_down, "FD", x.dtype))

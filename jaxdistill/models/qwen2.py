@@ -1,0 +1,49 @@
+"""Qwen2 and Qwen2.5, Math included: Llama with biases on queries, keys and values."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from flax import struct
+from jaxtyping import Array, Float
+
+from jaxdistill.models.attention import Attend
+from jaxdistill.models.config import Config, read_config
+from jaxdistill.models.layers import Angles, apply_rope, rms_norm, swiglu
+from jaxdistill.sharding import einsum, gather
+from jaxdistill.weights import Weight, ones, weight, zeros
+
+
+@struct.dataclass
+class Block:
+    """Weights of all layers, stacked on L."""
+
+    attn_norm: Weight = weight("LM", "model.layers.{}.input_layernorm.weight", init=ones)
+    w_q: Weight = weight("LDNH", "model.layers.{}.self_attn.q_proj.weight", "(N H) D")
+    w_k: Weight = weight("LDKH", "model.layers.{}.self_attn.k_proj.weight", "(K H) D")
+    w_v: Weight = weight("LDKH", "model.layers.{}.self_attn.v_proj.weight", "(K H) D")
+    b_q: Weight = weight("LNH", "model.layers.{}.self_attn.q_proj.bias", "(N H)", init=zeros)
+    b_k: Weight = weight("LKH", "model.layers.{}.self_attn.k_proj.bias", "(K H)", init=zeros)
+    b_v: Weight = weight("LKH", "model.layers.{}.self_attn.v_proj.bias", "(K H)", init=zeros)
+    w_o: Weight = weight("LNHD", "model.layers.{}.self_attn.o_proj.weight", "D (N H)")
+    mlp_norm: Weight = weight("LM", "model.layers.{}.post_attention_layernorm.weight", init=ones)
+    w_gate: Weight = weight("LDF", "model.layers.{}.mlp.gate_proj.weight", "F D")
+    w_up: Weight = weight("LDF", "model.layers.{}.mlp.up_proj.weight", "F D")
+    w_down: Weight = weight("LFD", "model.layers.{}.mlp.down_proj.weight", "D F")
+
+
+def config(hf: Mapping[str, Any]) -> Config:
+    """Reads config.json."""
+    return read_config(hf, unsupported={"use_sliding_window": False})
+
+
+def block(
+    x: Float[Array, "B T D"], w: Block, angles: Angles, attend: Attend, c: Config
+) -> tuple[Float[Array, "B T D"], Any]:
+    """One layer. Returns its output and whatever `attend` keeps (a cache when sampling)."""
+    h = rms_norm(x, w.attn_norm, c.norm_eps)
+    q = einsum("BTD,DNH->BTNH", h, gather(w.w_q, "DNH", h.dtype)) + w.b_q.astype(h.dtype)
+    k = einsum("BTD,DKH->BTKH", h, gather(w.w_k, "DKH", h.dtype)) + w.b_k.astype(h.dtype)
+    v = einsum("BTD,DKH->BTKH", h, gather(w.w_v, "DKH", h.dtype)) + w.b_v.astype(h.dtype)
+    out, kept = attend(apply_rope(q, angles), apply_rope(k, angles), v)
+    x = x + einsum("BTNH,NHD->BTD", out, gather(w.w_o, "NHD", h.dtype))
+    return x + swiglu(rms_norm(x, w.mlp_norm, c.norm_eps), w), kept

@@ -1,0 +1,113 @@
+"""The mesh, and the tables that say which tensor dimension lives on which mesh axis. Legend: docs/shapes.md."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+
+from jaxdistill.errors import UserError
+
+MESH_AXES = ("data", "fsdp", "context", "tensor")
+MeshAxes = str | tuple[str, ...] | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices per mesh axis; the product is the number of devices used."""
+
+    data: int = 1  # replicas of the weights; the batch is split
+    fsdp: int = 1  # weights and batch are split (ZeRO-3)
+    context: int = 1  # the positions of a row are split
+    tensor: int = 1  # heads, mlp and vocabulary are split (Megatron)
+
+    def __post_init__(self):
+        for axis in MESH_AXES:
+            if getattr(self, axis) < 1:
+                raise UserError(f"mesh.{axis} is {getattr(self, axis)}; expected 1 or more")
+
+    def sizes(self) -> dict[str, int]:
+        """Devices by axis name, in mesh order."""
+        return {axis: getattr(self, axis) for axis in MESH_AXES}
+
+    def build(self) -> jax.sharding.Mesh:
+        """Makes the mesh, with explicit axis types, over all devices of the job.
+
+        Raises:
+          UserError: the sizes do not multiply to the number of devices.
+        """
+        need, have = math.prod(self.sizes().values()), jax.device_count()
+        if need != have:
+            shape = " x ".join(f"{axis} {size}" for axis, size in self.sizes().items())
+            raise UserError(
+                f"the mesh {shape} needs {need} devices, found {have} ({jax.devices()[0].device_kind}); "
+                f"set mesh.data, mesh.fsdp, mesh.context and mesh.tensor so that their product is {have}"
+            )
+        return jax.make_mesh(tuple(self.sizes().values()), MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
+
+
+# A letter that is absent from a table is replicated.
+STORAGE: Mapping[str, MeshAxes] = {"V": "tensor", "D": "fsdp", "F": "tensor", "N": "tensor", "K": "tensor"}
+COMPUTE: Mapping[str, MeshAxes] = {
+    "B": ("data", "fsdp"),
+    "T": "context",
+    "F": "tensor",
+    "N": "tensor",
+    "K": "tensor",
+    "V": "tensor",
+}
+# Every device along these axes sees other tokens, so a weight's gradient is summed over them.
+TOKEN_AXES = frozenset({"data", "fsdp", "context"})
+
+
+def spec(dims: str, table: Mapping[str, MeshAxes] = COMPUTE) -> jax.P:
+    """The partition of a tensor whose dimensions are the letters `dims`."""
+    return jax.P(*(table.get(letter) for letter in dims))
+
+
+def einsum(equation: str, *operands: jax.Array, **kwargs: Any) -> jax.Array:
+    """`jnp.einsum` whose result is laid out by the letters after the arrow."""
+    return jnp.einsum(equation, *operands, out_sharding=spec(equation.split("->")[1]), **kwargs)
+
+
+def relayout(x: jax.Array, dims: str) -> jax.Array:
+    """Moves an activation to the layout of `dims`: this is where communication shows."""
+    return jax.sharding.reshard(x, spec(dims))
+
+
+def gather(weight: jax.Array, dims: str, dtype: Any) -> jax.Array:
+    """A stored weight in compute layout: cast first, so that half the bytes travel, then gathered over fsdp.
+
+    The result is marked `reduced`, which makes its gradient arrive as per-device partial sums that go straight
+    into the storage layout (a reduce-scatter) instead of being all-reduced first.
+    """
+    return jax.sharding.reshard(weight.astype(dtype), jax.P(*(COMPUTE.get(d) for d in dims), reduced=TOKEN_AXES))
+
+
+def replicate(x: jax.Array) -> jax.Array:
+    """The same value on every device."""
+    return jax.sharding.reshard(x, jax.P())
+
+
+def check_divisible(sizes: Mapping[str, int], mesh: Mapping[str, int], table: Mapping[str, MeshAxes]) -> None:
+    """Refuses a mesh that would split a dimension unevenly, naming every such dimension at once.
+
+    Raises:
+      UserError: a size is not a multiple of the devices it is split over.
+    """
+    problems = []
+    for letter, size in sizes.items():
+        axes = table.get(letter) or ()
+        ways = math.prod(mesh[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
+        if size % ways:
+            problems.append(f"{letter} = {size} is not a multiple of {ways} ({axes})")
+    if problems:
+        raise UserError(f"the mesh {dict(mesh)} does not fit: {'; '.join(problems)} (letters: docs/shapes.md)")
+
+
+def put(x: Any, dims: str) -> jax.Array:
+    """A host array on the devices of the current mesh, laid out as an activation with these letters."""
+    return jax.device_put(x, jax.sharding.NamedSharding(jax.sharding.get_mesh(), spec(dims)))
