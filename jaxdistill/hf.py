@@ -143,7 +143,7 @@ def save(folder: Path, params: decoder.Params, config: Config, source: Path, dty
     if dtype not in _DTYPES:
         raise UserError(f"cannot write tensors as {dtype!r}; expected one of {', '.join(_DTYPES)}")
     folder.mkdir(parents=True, exist_ok=True)
-    _copy_companions(source, folder)
+    copy_companions(source, folder)
     _write_shards(folder, _tensors_of(params, config, _DTYPES[dtype]))
     hf = {**write_rope(hf), "dtype": dtype, "torch_dtype": dtype}
     (folder / "config.json").write_text(json.dumps(hf, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -201,7 +201,7 @@ _COMPANIONS = (
 )
 
 
-def _copy_companions(source: Path, folder: Path) -> None:
+def copy_companions(source: Path, folder: Path) -> None:
     """Copies tokenizer, chat template and generation settings."""
     for pattern in (*_COMPANIONS, "generation_config.json"):
         for path in source.glob(pattern):

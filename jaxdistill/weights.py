@@ -85,6 +85,17 @@ def specs(tree: Tree) -> Tree:
     return jax.tree.map(lambda w: sharding.spec(w.dims, sharding.STORAGE), tree, is_leaf=is_declared)
 
 
+def abstract(tree: Tree, dtype: Any = jnp.float32) -> Tree:
+    """Every weight's shape, dtype and storage layout on the current mesh, without data."""
+    mesh = jax.sharding.get_mesh()
+
+    def one(w: Declared) -> jax.ShapeDtypeStruct:
+        layout = jax.sharding.NamedSharding(mesh, sharding.spec(w.dims, sharding.STORAGE))
+        return jax.ShapeDtypeStruct(w.shape, dtype, sharding=layout)
+
+    return jax.tree.map(one, tree, is_leaf=is_declared)
+
+
 def count(tree: Any) -> int:
     """Number of parameters."""
     return sum(int(np.prod(w.shape)) for w in jax.tree.leaves(tree, is_leaf=is_declared))

@@ -52,6 +52,7 @@ def hidden(
     c: Config,
     dtype: Any,
     remat: Remat = "full",
+    noise: Float[Array, "B T D"] | None = None,
 ) -> Float[Array, "B T D"]:
     """Hidden states before the head, of packed rows.
 
@@ -60,6 +61,7 @@ def hidden(
       segments: the document each position belongs to; attention never crosses documents. 0 is padding.
       remat: what the backward pass finds saved: "full" only each layer's input, "matmuls" also the results of the
         projections and of attention, "none" everything.
+      noise: added to the embeddings (NEFTune).
     """
     block = models.family(c.model_type).block
     angles = rope_angles(positions, c.rope, c.head_dim)
@@ -67,7 +69,10 @@ def hidden(
     def layer(x, w):
         return block(x, w, angles, lambda q, k, v: (packed_attention(q, k, v, segments), None), c)
 
-    x, _ = jax.lax.scan(_remat(layer, remat), embed(params, tokens, dtype), params.blocks)
+    x = embed(params, tokens, dtype)
+    if noise is not None:
+        x += noise
+    x, _ = jax.lax.scan(_remat(layer, remat), x, params.blocks)
     return rms_norm(x, params.final_norm, c.norm_eps)
 
 

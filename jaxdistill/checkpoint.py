@@ -1,0 +1,81 @@
+"""Orbax checkpoints of a training run, and how any command opens a model, whether trained here or downloaded."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+from jaxdistill import hf, weights
+from jaxdistill.errors import UserError
+from jaxdistill.models import decoder
+from jaxdistill.models.config import Config
+
+_FOLDER = "checkpoints"
+_BASE = "base"  # config and tokenizer of the model trained from, so that a checkpoint stands by itself
+
+
+class Checkpoints:
+    """The checkpoints of one phase: `checkpoints/<step>` under its folder, written in the background."""
+
+    def __init__(self, folder: Path, keep: int = 2):
+        self._manager = ocp.CheckpointManager(
+            (folder / _FOLDER).absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=keep)
+        )
+
+    @property
+    def latest_step(self) -> int | None:
+        """The newest step that was written whole, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, input_position: dict[str, Any]) -> None:
+        """Starts to write; the devices' memory has been copied when this returns."""
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), input=ocp.args.JsonSave(input_position))
+        self._manager.save(step, args=items)
+
+    def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
+        """The state and the input position of a step, laid out like `like` (arrays or ShapeDtypeStructs)."""
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(like), input=ocp.args.JsonRestore())
+        found = self._manager.restore(step, args=items)
+        return found["state"], found["input"]
+
+    def close(self) -> None:
+        """Waits until everything is written."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def keep_base(source: Path, phase: Path) -> None:
+    """Copies config and tokenizer of the model trained from into the phase's folder."""
+    target = phase / _BASE
+    target.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source / "config.json", target / "config.json")
+    hf.copy_companions(source, target)
+
+
+def base_of(model: Path) -> Path:
+    """The folder with config.json and tokenizer of a model: itself, or what a training phase kept."""
+    return model / _BASE if (model / _FOLDER).is_dir() else model
+
+
+def load_model(model: Path, step: int | None = None) -> tuple[decoder.Params, Config]:
+    """Weights in storage layout on the current mesh, from a Hugging Face folder or a training phase's folder.
+
+    Args:
+      step: of a training phase; the newest by default.
+
+    Raises:
+      UserError: the path is neither, or the phase has no such checkpoint.
+    """
+    if not (model / _FOLDER).is_dir():
+        return hf.load(model)
+    config, _ = hf.read_config(base_of(model))
+    with ocp.CheckpointManager((model / _FOLDER).absolute()) as manager:
+        steps = manager.all_steps()
+        step = max(steps, default=None) if step is None else step
+        if step not in steps:
+            raise UserError(f"{model} has no checkpoint of step {step}; found {sorted(steps) or 'none'}")
+        template = weights.abstract(decoder.template(config))
+        wanted = ocp.args.Composite(state=ocp.args.PyTreeRestore({"params": template}, partial_restore=True))
+        params = manager.restore(step, args=wanted)["state"]["params"]
+    return params, config

@@ -1,0 +1,1 @@
+"""Teacher API -> verified chains. Never imports jax."""

@@ -1,0 +1,103 @@
+"""Reads the raw body of a chat completion: where the reasoning is, how it ended, what it used."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any, Literal, cast
+
+from jaxdistill.records import FinishReason, Message, Usage
+
+OPEN, CLOSE = "<think>", "</think>"
+
+
+class UnreadableReply(ValueError):  # noqa: N818
+    """The body is not a chat completion that ended in a known way."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reply:
+    """One answer, its reasoning apart."""
+
+    reasoning: str | None
+    content: str
+    finish_reason: FinishReason
+    usage: Usage
+    model: str  # as the server gave it
+
+    @property
+    def reasoning_kind(self) -> Literal["full", "answer_only"]:
+        """A chat completion carries its raw reasoning or none of it."""
+        return "answer_only" if self.reasoning is None else "full"
+
+    @property
+    def text(self) -> str:
+        """The whole output in one string, reasoning inside think tags."""
+        return self.content if self.reasoning is None else join_reasoning(self.reasoning, self.content)
+
+    @property
+    def message(self) -> Message:
+        """The answer as a chat message."""
+        reasoning = {} if self.reasoning is None else {"reasoning_content": self.reasoning}
+        return {"role": "assistant", "content": self.content, **reasoning}
+
+
+def join_reasoning(reasoning: str, content: str) -> str:
+    r"""The one text form of a long thought: `<think>\n{reasoning}\n</think>\n{content}`."""
+    return f"{OPEN}\n{reasoning.strip()}\n{CLOSE}\n{content.strip()}"
+
+
+def split_reasoning(message: Mapping[str, Any]) -> tuple[str | None, str]:
+    """Reasoning (None where the message holds none) and content of an answer.
+
+    Reads `reasoning_content` (DeepSeek, vLLM, SGLang), `reasoning` (OpenRouter, newer vLLM), or think tags in the
+    content; the opening tag may be missing, since many chat templates put it in the prompt.
+    """
+    content = message.get("content") or ""
+    if not isinstance(content, str):
+        raise UnreadableReply(f"content is a {type(content).__name__}, expected a string")
+    for field in ("reasoning_content", "reasoning"):
+        reasoning = message.get(field)
+        if isinstance(reasoning, str) and reasoning.strip():
+            return reasoning.strip(), content.strip()
+    if CLOSE in content:
+        before, _, after = content.rpartition(CLOSE)
+        return before.strip().removeprefix(OPEN).strip(), after.strip()
+    if content.lstrip().startswith(OPEN):  # cut off while thinking
+        return content.strip().removeprefix(OPEN).strip(), ""
+    return None, content.strip()
+
+
+def read_reply(raw: bytes) -> Reply:
+    """Parses the body of a chat completion.
+
+    Raises:
+      UnreadableReply: says what was found.
+    """
+    try:
+        body = json.loads(raw)
+        choice = body["choices"][0]
+        message, finish_reason = choice["message"], choice["finish_reason"]
+    except (ValueError, RecursionError, LookupError, TypeError) as error:
+        raise UnreadableReply(f"not a chat completion ({type(error).__name__}: {error}): {raw[:200]!r}") from None
+    if finish_reason not in ("stop", "length", "content_filter") or not isinstance(message, dict):
+        raise UnreadableReply(f"finish_reason is {finish_reason!r}, expected stop, length or content_filter")
+    reasoning, content = split_reasoning(message)
+    return Reply(
+        reasoning=reasoning,
+        content=content,
+        finish_reason=cast(FinishReason, finish_reason),
+        usage=_usage(body.get("usage")),
+        model=str(body.get("model") or ""),
+    )
+
+
+def _usage(usage: Any) -> Usage:
+    """Token counts; servers leave out what they do not count."""
+    usage = usage if isinstance(usage, dict) else {}
+    details = usage.get("completion_tokens_details")
+    details = details if isinstance(details, dict) else {}
+    return Usage(
+        prompt_tokens=int(usage.get("prompt_tokens") or 0),
+        output_tokens=int(usage.get("completion_tokens") or 0),
+        reasoning_tokens=int(details.get("reasoning_tokens") or 0),
+    )

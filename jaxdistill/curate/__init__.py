@@ -1,0 +1,1 @@
+"""Problems and chains -> training examples. Never imports jax."""

@@ -1,0 +1,1 @@
+"""Tasks, grading and statistics: from sampled completions to numbers with intervals."""

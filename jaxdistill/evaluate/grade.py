@@ -1,0 +1,148 @@
+"""Grades completions against gold answers, and sums the grades up into the numbers that are reported."""
+
+import dataclasses
+import statistics
+from collections.abc import Mapping, Sequence
+
+from jaxdistill.errors import UserError
+from jaxdistill.evaluate.statistics import Estimate, avg_at_n, maj_at_k, pass_at_k
+from jaxdistill.records import Completion, Score, Verdict
+from jaxdistill.verify import Verifier, normalize
+
+GRADER = "boxed_math"
+RIGHT = "right"  # answer class of every correct sample
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """Output tokens of a completion, over all completions."""
+
+    average: float
+    median: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What one evaluation says; the rates are shares of completions and do not overlap."""
+
+    accuracy: Estimate  # avg@n
+    pass_at: Mapping[int, Estimate]  # by k
+    maj_at: Mapping[int, Estimate]  # by k; a tie of t answers counts 1/t
+    tokens: Tokens  # thinking and answer together
+    thinking_tokens: Tokens
+    answer_tokens: Tokens
+    truncation_rate: float  # stopped by the token limit
+    empty_rate: float  # stopped by itself without a word
+    no_answer_rate: float  # text without a boxed answer after the thinking part
+    unverifiable_rate: float  # an answer that could not be compared
+
+
+def grade(completions: Sequence[Completion], golds: Mapping[str, str], verifier: Verifier) -> list[Score]:
+    """One score a completion, in order; `golds` maps item ids to gold answers. Truncated and empty outputs are wrong.
+
+    Raises:
+      UserError: an item has no gold answer; names all of them.
+    """
+    missing = sorted({completion.item_id for completion in completions} - golds.keys())
+    if missing:
+        raise UserError(f"no gold answer for items {missing[:20]} ({len(missing)} in all); was the task file changed?")
+    return [
+        Score(completion_id=c.id, verdict=_judge(c, golds[c.item_id], verifier), grader=GRADER) for c in completions
+    ]
+
+
+def _judge(completion: Completion, gold: str, verifier: Verifier) -> Verdict:
+    if completion.finish_reason == "length":
+        return Verdict(label="wrong", rule="truncated")
+    if not completion.text.strip():
+        return Verdict(label="wrong", rule="empty")
+    return verifier.verify(completion.text, gold)
+
+
+def summarize(
+    completions: Sequence[Completion],
+    scores: Sequence[Score],
+    verifier: Verifier | None = None,
+    ks: Sequence[int] | None = None,
+    seed: int = 0,
+) -> Summary:
+    """The numbers of one task, one model and one setting.
+
+    Args:
+      verifier: decides which wrong answers equal one another for maj@k; without it only equal spellings do.
+      ks: the k of pass@k and maj@k; powers of two up to the n samples a problem, and n, unless given.
+      seed: of the bootstrap.
+
+    Raises:
+      ValueError: scores and completions do not match, or problems have different numbers of samples.
+    """
+    items = _by_item(completions, scores)
+    n = len(next(iter(items.values())))
+    ks = sorted({2**i for i in range(n.bit_length())} | {n}) if ks is None else ks
+    correct = [[verdict.label == "correct" for verdict in verdicts] for verdicts in items.values()]
+    classes = [answer_classes(verdicts, verifier) for verdicts in items.values()]
+    thinking, answer = [c.thinking_tokens for c in completions], [c.answer_tokens for c in completions]
+
+    def rate(*rules: str) -> float:
+        return sum(score.verdict.rule in rules for score in scores) / len(scores)
+
+    return Summary(
+        accuracy=avg_at_n(correct, seed),
+        pass_at={k: pass_at_k(correct, k, seed) for k in ks},
+        maj_at={k: maj_at_k(classes, [RIGHT] * len(classes), k, seed=seed) for k in ks},
+        tokens=_tokens([t + a for t, a in zip(thinking, answer, strict=True)]),
+        thinking_tokens=_tokens(thinking),
+        answer_tokens=_tokens(answer),
+        truncation_rate=rate("truncated"),
+        empty_rate=rate("empty"),
+        no_answer_rate=rate("no_answer"),
+        unverifiable_rate=sum(score.verdict.label == "unverifiable" for score in scores) / len(scores),
+    )
+
+
+def answer_classes(verdicts: Sequence[Verdict], verifier: Verifier | None = None) -> list[str | None]:
+    """The answer class of each sample of one problem: RIGHT, a spelling for a wrong class, None without an answer."""
+    spellings: list[str] = []
+    known: dict[str, str] = {}
+
+    def class_of(verdict: Verdict) -> str | None:
+        if verdict.label == "correct":
+            return RIGHT
+        if verdict.extracted is None:
+            return None
+        key = "wrong: " + normalize(verdict.extracted)
+        if key not in known:
+            # What could not be compared with the gold answer is not compared again: each try may cost the time limit.
+            others = spellings if verifier and verdict.label == "wrong" else []
+            same = (s for s in others if verifier and verifier.equivalent(verdict.extracted, s).label == "correct")
+            first = next(same, None)
+            known[key] = key if first is None else "wrong: " + normalize(first)
+            if first is None and verdict.label == "wrong":
+                spellings.append(verdict.extracted)
+        return known[key]
+
+    return [class_of(verdict) for verdict in verdicts]
+
+
+def _by_item(completions: Sequence[Completion], scores: Sequence[Score]) -> dict[str, list[Verdict]]:
+    verdicts = {score.completion_id: score.verdict for score in scores}
+    ids = {completion.id for completion in completions}
+    if not completions or verdicts.keys() != ids or not len(scores) == len(completions) == len(ids):
+        raise ValueError(
+            f"{len(completions)} completions with {len(ids)} ids and {len(scores)} scores with {len(verdicts)} ids; "
+            f"expected one score for each of one or more completions; without a partner: "
+            f"{sorted(verdicts.keys() ^ ids)[:10]}"
+        )
+    items: dict[str, list[Verdict]] = {}
+    for completion in sorted(completions, key=lambda c: c.sample_index):
+        items.setdefault(completion.item_id, []).append(verdicts[completion.id])
+    counts = {len(samples) for samples in items.values()}
+    if len(counts) > 1:
+        most = max(counts)
+        short = [item for item, samples in items.items() if len(samples) < most]
+        raise ValueError(f"{len(short)} items have fewer than {most} samples: {short[:10]}; finish sampling first")
+    return items
+
+
+def _tokens(counts: Sequence[int]) -> Tokens:
+    return Tokens(average=statistics.fmean(counts), median=float(statistics.median(counts)))

@@ -1,0 +1,98 @@
+"""A benchmark is a file of this folder, found by its name, that defines TASK."""
+
+import dataclasses
+import hashlib
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from jaxdistill.errors import UserError
+from jaxdistill.records import Problem, from_dict, read_json_objects
+
+BOXED_PROMPT = "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """A benchmark: where its problems come from, how they are put and graded, and why it is worth running."""
+
+    name: str
+    problems_from: Callable[[Path], list[Problem]]  # reads a local file; UserError where it is not this task's
+    prompt: str  # template: {problem} is replaced, other braces stay
+    grader: str  # name of the function that judges an output; recorded in every Score
+    metric: str  # the headline number
+    licence: str
+    why: str  # why the benchmark was chosen: the transparency index asks
+    source: str  # where the file can be had
+
+    def __post_init__(self) -> None:
+        if "{problem}" not in self.prompt:
+            raise ValueError(f"task {self.name}: prompt is {self.prompt!r}, expected a template with {{problem}}")
+
+    def ask(self, problem: Problem) -> str:
+        """The text to send for one problem."""
+        return self.prompt.replace("{problem}", problem.problem)
+
+
+def names() -> list[str]:
+    """All tasks, in alphabetical order."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def task(name: str) -> Task:
+    """The task of that name.
+
+    Raises:
+      UserError: there is no such task; names those there are.
+    """
+    if name not in names():
+        raise UserError(f"no task is named {name!r}; expected one of {names()}, or `problems` for a file of your own")
+    return importlib.import_module(f"{__name__}.{name}").TASK
+
+
+def read_problems(path: Path, *, licence: str = "", extra: Iterable[str] = ()) -> list[Problem]:
+    """Reads Problem rows that all have an answer and an id of their own; keys in `extra` move to `meta`.
+
+    Raises:
+      UserError: the file is missing, empty or malformed, or rows lack an answer or share an id; names the lines.
+    """
+    problems: list[Problem] = []
+    lines: dict[str, int] = {}
+    mistakes: list[str] = []
+    for number, values in read_json_objects(path):
+        moved = {key: values.pop(key) for key in extra if key in values}
+        problem = from_dict({"licence": licence, **values}, Problem, where=f"{path}:{number}")
+        problem = dataclasses.replace(problem, meta={**problem.meta, **moved})
+        if not (problem.answer or "").strip():
+            mistakes.append(f"line {number} ({problem.id}) has no answer")
+        if problem.id in lines:
+            mistakes.append(f"line {number} repeats the id {problem.id!r} of line {lines[problem.id]}")
+        lines.setdefault(problem.id, number)
+        problems.append(problem)
+    if mistakes:
+        more = f" and {len(mistakes) - 10} more" if len(mistakes) > 10 else ""
+        raise UserError(
+            f"{path}: {'; '.join(mistakes[:10])}{more}; evaluation needs an answer and an id of its own a row"
+        )
+    if not problems:
+        raise UserError(f"{path}: found no rows, expected one problem a line")
+    return problems
+
+
+def select(problems: Sequence[Problem], limit: int | None, seed: int) -> list[Problem]:
+    """A fixed random subset, in the order of the file; None takes all.
+
+    Problems are ranked by the hash of seed and id: the choice does not depend on the order of the file, and a larger
+    limit keeps the problems of a smaller one.
+
+    Raises:
+      UserError: the limit is not between 1 and the number of problems.
+    """
+    if limit is None:
+        return list(problems)
+    if not 1 <= limit <= len(problems):
+        raise UserError(f"limit is {limit}, expected 1 to {len(problems)}, the number of problems in the file")
+    ranked = sorted(problems, key=lambda problem: hashlib.sha256(f"{seed}/{problem.id}".encode()).digest())
+    chosen = {problem.id for problem in ranked[:limit]}
+    return [problem for problem in problems if problem.id in chosen]

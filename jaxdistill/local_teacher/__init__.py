@@ -1,0 +1,1 @@
+"""The shipped teacher: procedural problems, the texts it writes about them, and a real HTTP server that misbehaves."""

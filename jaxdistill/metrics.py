@@ -1,0 +1,76 @@
+"""What a run reports about itself: JSON Lines and TensorBoard, and model FLOPs utilization with its formula."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import tensorboardX
+
+# Dense bfloat16 peaks in FLOP/s, from the makers' data sheets, by a part of JAX's device_kind
+_PEAKS = {"H100": 989.5e12, "H200": 989.5e12, "A100": 312e12, "v5p": 459e12, "v5 lite": 197e12, "v6 lite": 918e12}
+
+MFU_FORMULA = (
+    "MFU = FLOPs per token x tokens/s / (devices x peak); "
+    "FLOPs per token = 6 x matmul weights (head included, embedding lookup not) "
+    "+ 6 x layers x heads x head_dim x document length (attention counted causally)"
+)
+
+
+def peak_flops(dtype: Any) -> tuple[float, str]:
+    """FLOP/s of one device, and where the number comes from.
+
+    A device without a data sheet here (a CPU) is measured: the fastest of five products of 2048 x 2048 matrices.
+    """
+    kind = jax.devices()[0].device_kind
+    for part, peak in _PEAKS.items():
+        if part in kind:
+            return peak, f"{part} data sheet, dense bfloat16"
+    size = 2048
+    x = jax.device_put(jnp.ones((size, size), dtype), jax.local_devices()[0])
+    product = jax.jit(jnp.dot)
+    jax.block_until_ready(product(x, x))
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        jax.block_until_ready(product(x, x))
+        seconds.append(time.perf_counter() - started)
+    # Simulated devices share the cores that this product had for itself
+    return 2 * size**3 / min(seconds) / jax.local_device_count(), f"measured {size}x{size} {jnp.dtype(dtype)} product"
+
+
+class MetricsLog:
+    """Appends rows of numbers to `metrics.jsonl` and to TensorBoard files beside it.
+
+    Rows are only ever added: a restarted run logs the steps since its checkpoint again, and the last row of a step
+    is the one that counts.
+    """
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lines = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._board = tensorboardX.SummaryWriter(str(folder / "tensorboard"))
+
+    def write(self, step: int, **values: float) -> None:
+        """Logs the values of one step."""
+        self._lines.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
+        self._lines.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flushes both files."""
+        self._lines.close()
+        self._board.close()
+
+
+def read(folder: Path) -> list[dict[str, float]]:
+    """The rows of a run by step, a restarted run's repetitions removed."""
+    path = folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    merged: dict[int, dict[str, float]] = {}
+    for row in rows:
+        merged.setdefault(row["step"], {}).update(row)
+    return [merged[step] for step in sorted(merged)]
