@@ -1,6 +1,7 @@
 """Optimizer and schedule from optax, by one config."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -32,7 +33,7 @@ class OptimConfig:
             raise UserError(f"optim.clip_norm is {self.clip_norm}; expected a positive number")
 
 
-def schedule(c: OptimConfig, steps: int) -> optax.Schedule:
+def schedule(c: OptimConfig, steps: int) -> Callable[[Any], Any]:
     """Learning rate by step, for a phase of `steps` optimizer steps."""
     warmup = min(round(c.warmup_fraction * steps), steps - 1)
     return optax.warmup_cosine_decay_schedule(

@@ -123,20 +123,25 @@ def read_json_objects(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[
     """Yields (line number from 1, object) for each non-empty line of a JSON Lines file of any shape."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such file; expected a JSON Lines file")
+        found = "is a folder" if path.is_dir() else "no such file"
+        raise UserError(f"{path}: {found}; expected a JSON Lines file")
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                values = json.loads(line)
-            except (UnicodeDecodeError, json.JSONDecodeError) as error:
+                values = json.loads(line, parse_constant=_refuse_constant)
+            except (ValueError, RecursionError) as error:
                 raise UserError(
                     f"{path}:{number}: not valid JSON ({error}); expected one object a line; mend or remove the line"
                 ) from None
             if not isinstance(values, dict):
                 raise UserError(f"{path}:{number}: found a JSON {type(values).__name__}, expected an object")
             yield number, values
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
 
 
 def from_dict(values: Mapping[str, Any], row_type: type[Row], where: str) -> Row:
@@ -179,8 +184,8 @@ def _value(value: Any, hint: Any, where: str) -> Any:
 
 
 def to_json(row: Any) -> str:
-    """One row as one line of JSON, without the newline."""
-    return json.dumps(dataclasses.asdict(row), ensure_ascii=False)
+    """One row as one line of JSON, without the newline; ASCII, so that half an emoji that an API sent is kept."""
+    return json.dumps(dataclasses.asdict(row), allow_nan=False)
 
 
 def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Any]) -> int:

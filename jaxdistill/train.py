@@ -140,8 +140,9 @@ def make_step(
         else:
             zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
             (loss, grads), _ = jax.lax.scan(piece, zero, (batch, jnp.arange(config.accumulate)))
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        new = state.replace(step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)  # type: ignore[arg-type]
+        params: Any = optax.apply_updates(state.params, updates)  # type: ignore[arg-type]
+        new = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state)
         return new, {"loss": loss, "grad_norm": optax.global_norm(grads), "loss_tokens": total}
 
     return jax.jit(step, donate_argnums=0)

@@ -92,12 +92,17 @@ def read_reply(raw: bytes) -> Reply:
 
 
 def _usage(usage: Any) -> Usage:
-    """Token counts; servers leave out what they do not count."""
+    """Token counts; 0 for what a server leaves out or does not give as a number."""
+
+    def count(values: Mapping[str, Any], name: str) -> int:
+        value = values.get(name)
+        return int(value) if isinstance(value, int | float) else 0
+
     usage = usage if isinstance(usage, dict) else {}
     details = usage.get("completion_tokens_details")
     details = details if isinstance(details, dict) else {}
     return Usage(
-        prompt_tokens=int(usage.get("prompt_tokens") or 0),
-        output_tokens=int(usage.get("completion_tokens") or 0),
-        reasoning_tokens=int(details.get("reasoning_tokens") or 0),
+        prompt_tokens=count(usage, "prompt_tokens"),
+        output_tokens=count(usage, "completion_tokens"),
+        reasoning_tokens=count(details, "reasoning_tokens"),
     )

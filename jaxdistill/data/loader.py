@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import grain
 import jax
@@ -30,9 +30,9 @@ class PackedSet:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, row: int) -> tuple[Batch, tuple[str, ...]]:
+    def __getitem__(self, index: SupportsIndex) -> tuple[Batch, tuple[str, ...]]:
         """The arrays of a row, and the ids of its documents."""
-        documents = [self.documents[i] for i in self.rows[int(row)]]
+        documents = [self.documents[i] for i in self.rows[int(index)]]
         return packing.make_row(documents, self.row_tokens), tuple(d.id for d in documents)
 
     @property

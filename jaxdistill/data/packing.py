@@ -2,27 +2,26 @@
 
 import bisect
 from collections.abc import Sequence
+from typing import Any
 
-import jax
 import numpy as np
 from flax import struct
-from jaxtyping import Float, Int
 
 from jaxdistill.data.chat import Document
 
-Rows = np.ndarray | jax.Array
+Rows = Any  # [..., T], numpy on the host, jax.Array on devices
 
 
 @struct.dataclass
 class Batch:
     """Packed rows. Targets are shifted here, on the host: position i predicts `targets[i]`, and no device shifts."""
 
-    tokens: Int[Rows, "*B T"]
-    targets: Int[Rows, "*B T"]
-    positions: Int[Rows, "*B T"]  # from 0 within each document
-    segments: Int[Rows, "*B T"]  # 1, 2, ... within a row; 0 is padding
-    lengths: Int[Rows, "*B T"]  # of the document that a position belongs to; 0 is padding
-    weights: Float[Rows, "*B T"]  # of each target in the loss; 0 on prompts and padding
+    tokens: Rows  # int32
+    targets: Rows  # int32
+    positions: Rows  # int32, from 0 within each document
+    segments: Rows  # int32, 1, 2, ... within a row; 0 is padding
+    lengths: Rows  # int32, of the document that a position belongs to; 0 is padding
+    weights: Rows  # float32, of each target in the loss; 0 on prompts and padding
 
 
 def positions_used(document: Document) -> int:

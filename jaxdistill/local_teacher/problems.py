@@ -38,7 +38,6 @@ class Fact:
 
 _OPERATIONS: Mapping[str, Callable[[int, int], int]] = {
     "+": lambda left, right: left + right,
-    "-": lambda left, right: left - right,
     "*": lambda left, right: left * right,
 }
 
@@ -100,24 +99,21 @@ def _labelled(letters: str, items: tuple[int | str, ...]) -> str:
     return ", ".join(f"{letter} {item}" for letter, item in zip(letters, items, strict=True))
 
 
-def _ask(letters: str) -> str:
-    return f"Write the values after {letters[-2]} and {letters[-1]} as one number."
-
-
 def _digit_list(letters: str) -> str:
     return ", ".join(rf"{letter} (\d)" for letter in letters)
 
 
+_ASK = "Write the last two values as one number."  # names no letter: each stands once in a problem, beside its operand
 _KEYS, _DIGITS = "abcdef", "abcd"
 
 
 def _keys_statement(operands: Operands) -> str:
     keys = tuple(f"{str(key)[0]} {str(key)[1]}" for key in operands[1:])
-    return f"Work modulo 10. Start with {operands[0]}. Apply {_labelled(_KEYS, keys)}. {_ask(_KEYS)}"
+    return f"Work modulo 10. Start with {operands[0]}. Apply {_labelled(_KEYS, keys)}. {_ASK}"
 
 
 def _keys_draw(rng: random.Random) -> Operands:
-    signs = [rng.choice("+-*") for _ in _KEYS]
+    signs = [rng.choice("+*") for _ in _KEYS]
     return (
         rng.randrange(10),
         *(f"{s}{rng.choice(_MULTIPLIERS) if s == '*' else rng.randrange(1, 10)}" for s in signs),
@@ -132,7 +128,7 @@ def _keys_facts(operands: Operands, values: list[int], index: int) -> Iterator[t
 def _checksum_statement(operands: Operands) -> str:
     return (
         f"Work modulo 10. Start with {operands[0]}. At each letter multiply by {operands[1]} and add its digit: "
-        f"{_labelled(_DIGITS, operands[2:])}. {_ask(_DIGITS)}"
+        f"{_labelled(_DIGITS, operands[2:])}. {_ASK}"
     )
 
 
@@ -148,7 +144,7 @@ def _checksum_facts(operands: Operands, values: list[int], index: int) -> Iterat
 def _series_statement(operands: Operands) -> str:
     return (
         f"Work modulo 10. Start with {operands[0]} and {operands[1]}. At each letter add the last two values "
-        f"and its digit: {_labelled(_DIGITS, operands[2:])}. {_ask(_DIGITS)}"
+        f"and its digit: {_labelled(_DIGITS, operands[2:])}. {_ASK}"
     )
 
 
@@ -175,8 +171,8 @@ FAMILIES: Mapping[str, Family] = {
             statement=_keys_statement,
             pattern=re.compile(
                 r"Work modulo 10\. Start with (\d)\. Apply "
-                + ", ".join(rf"{letter} ([-+*] \d)" for letter in _KEYS)
-                + re.escape(f". {_ask(_KEYS)}")
+                + ", ".join(rf"{letter} ([+*] \d)" for letter in _KEYS)
+                + re.escape(f". {_ASK}")
             ),
             draw=_keys_draw,
             read=lambda match: (int(match[1]), *(key.replace(" ", "") for key in match.groups()[1:])),
@@ -191,7 +187,7 @@ FAMILIES: Mapping[str, Family] = {
             pattern=re.compile(
                 r"Work modulo 10\. Start with (\d)\. At each letter multiply by (\d) and add its digit: "
                 + _digit_list(_DIGITS)
-                + re.escape(f". {_ask(_DIGITS)}")
+                + re.escape(f". {_ASK}")
             ),
             draw=_checksum_draw,
             read=_digits,
@@ -205,7 +201,7 @@ FAMILIES: Mapping[str, Family] = {
             statement=_series_statement,
             pattern=re.compile(
                 r"Work modulo 10\. Start with (\d) and (\d)\. At each letter add the last two values "
-                r"and its digit: " + _digit_list(_DIGITS) + re.escape(f". {_ask(_DIGITS)}")
+                r"and its digit: " + _digit_list(_DIGITS) + re.escape(f". {_ASK}")
             ),
             draw=_series_draw,
             read=_digits,

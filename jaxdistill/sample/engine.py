@@ -161,7 +161,8 @@ class Engine:
             out = jax.lax.dynamic_update_slice_in_dim(out, jnp.where(s.active, token, -1)[None], i, axis=0)
             stopped = jnp.any(token[:, None] == stops, axis=1)
             produced = s.produced + s.active
-            s = s.replace(
+            s = dataclasses.replace(
+                s,
                 token=token,
                 position=s.position + s.active,
                 produced=produced,

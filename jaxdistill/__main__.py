@@ -1,0 +1,6 @@
+"""`python -m jaxdistill`."""
+
+from jaxdistill.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Checkpoint -> Hugging Face folder, reloaded and compared before it is called done."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+from rich.console import Console
+
+from jaxdistill import hf, manifest, sharding
+from jaxdistill.checkpoint import base_of, load_model
+from jaxdistill.errors import UserError
+from jaxdistill.models import decoder
+from jaxdistill.models.config import Config
+from jaxdistill.sharding import MeshConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """A checkpoint to be written as a Hugging Face folder."""
+
+    workdir: str  # the folder to write
+    model: str  # a phase folder of a training run, or a Hugging Face folder
+    step: int | None = None  # checkpoint of the phase; the newest by default
+    dtype: str | None = None  # of the tensors, "float32" or "bfloat16"; by default as in the model trained from
+    verify_tokens: int = 256  # positions of the logits check
+    mesh: MeshConfig = MeshConfig()
+
+
+def main(config: ExportConfig) -> float:
+    """Exports and verifies; returns the largest logit difference over the largest logit.
+
+    Raises:
+      UserError: the target would overwrite its own source.
+      RuntimeError: the export does not hold what was trained.
+    """
+    model, folder = Path(config.model), Path(config.workdir)
+    if folder.resolve() == base_of(model).resolve():
+        raise UserError(f"workdir is {folder}, the folder that the model comes from; export to another one")
+    console = Console(stderr=True)
+    with jax.set_mesh(config.mesh.build()):
+        params, c = load_model(model, config.step)
+        hf.save(folder, params, c, base_of(model), config.dtype)
+        error = verify(folder, params, config.verify_tokens)
+    files = [p for p in folder.iterdir() if p.name != "manifest.json"]
+    manifest.write_manifest(
+        folder, "export", [base_of(model) / "config.json"], {"files": len(files)}, logit_error=error
+    )
+    console.print(f"exported {model} to {folder}; reloaded: tensors equal, logits within {error:.1e} of the largest")
+    return error
+
+
+def verify(folder: Path, params: decoder.Params, tokens: int) -> float:
+    """Reloads an export and compares it with the weights that were exported.
+
+    Returns:
+      The largest difference of logits over the largest logit, against the weights before they were rounded to the
+      export's dtype.
+
+    Raises:
+      RuntimeError: a tensor is not the trained one, rounded once.
+    """
+    reloaded, c = hf.load(folder)
+    _, written = hf.read_config(folder)
+    dtype = jnp.dtype(written["dtype"])
+    same = jax.tree.map(lambda a, b: bool(jnp.array_equal(a.astype(dtype).astype(b.dtype), b)), params, reloaded)
+    wrong = [jax.tree_util.keystr(path) for path, equal in jax.tree_util.tree_leaves_with_path(same) if not equal]
+    if wrong:
+        raise RuntimeError(
+            f"{folder}: these weights differ from the checkpoint: {', '.join(wrong)}; do not use the export"
+        )
+    generator = np.random.default_rng(0)
+    mesh = dict(jax.sharding.get_mesh().shape)
+    length = -(-min(tokens, c.max_positions) // mesh["context"]) * mesh["context"]
+    shape = (mesh["data"] * mesh["fsdp"], length)
+    ids = sharding.put(generator.integers(0, c.vocab, shape).astype(np.int32), "BT")
+    before, after = (np.asarray(_logits(p, ids, c)) for p in (params, reloaded))
+    return float(np.abs(before - after).max() / np.abs(before).max())
+
+
+def _logits(params: decoder.Params, ids: Int[Array, "B T"], c: Config) -> Array:
+    """Float32 logits of plain rows of one document each."""
+
+    def run(params: decoder.Params, ids: Array) -> Array:
+        ones = jnp.ones_like(ids)
+        positions = sharding.relayout(jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape), "BT")
+        x = decoder.hidden(params, ids, positions, ones, c, jnp.float32, "none")
+        return sharding.replicate(decoder.logits(params, x))
+
+    with jax.default_matmul_precision("highest"):
+        return jax.jit(run)(params, ids)
