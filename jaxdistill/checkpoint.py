@@ -4,9 +4,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 
-from jaxdistill import hf, weights
+from jaxdistill import hf, sharding, weights
 from jaxdistill.errors import UserError
 from jaxdistill.models import decoder
 from jaxdistill.models.config import Config
@@ -74,8 +75,11 @@ def load_model(model: Path, step: int | None = None) -> tuple[decoder.Params, Co
         steps = manager.all_steps()
         step = max(steps, default=None) if step is None else step
         if step not in steps:
-            raise UserError(f"{model} has no checkpoint of step {step}; found {sorted(steps) or 'none'}")
-        template = weights.abstract(decoder.template(config))
-        wanted = ocp.args.Composite(state=ocp.args.PyTreeRestore({"params": template}, partial_restore=True))
-        params = manager.restore(step, args=wanted)["state"]["params"]
+            wanted = "whole checkpoint" if step is None else f"checkpoint of step {step}"
+            raise UserError(f"{model} has no {wanted}; found {sorted(steps) or 'none'}")
+        sharding.check_divisible(config.sizes(), dict(jax.sharding.get_mesh().shape), sharding.STORAGE)
+        wanted = {"params": weights.abstract(decoder.template(config))}
+        layouts = ocp.checkpoint_utils.construct_restore_args(wanted)
+        items = ocp.args.Composite(state=ocp.args.PyTreeRestore(wanted, restore_args=layouts, partial_restore=True))
+        params = manager.restore(step, args=items)["state"]["params"]
     return params, config

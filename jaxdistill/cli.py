@@ -22,7 +22,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "demo": Command("jaxdistill.demo", "DemoConfig", "the whole chain on this machine, offline, with a report"),
+    "demo": Command("jaxdistill.demo.run", "DemoConfig", "the whole chain on this machine, offline, with a report"),
     "collect": Command("jaxdistill.collect.run", "CollectConfig", "problems -> verified chains", False),
     "reformat": Command("jaxdistill.curate.reformat", "ReformatConfig", "solutions -> reformatted examples", False),
     "examples": Command("jaxdistill.curate.examples", "ExamplesConfig", "chains -> examples to train on", False),

@@ -21,8 +21,8 @@ from jaxdistill.sharding import MeshConfig
 class ExportConfig:
     """A checkpoint to be written as a Hugging Face folder."""
 
-    workdir: str  # the folder to write
-    model: str  # a phase folder of a training run, or a Hugging Face folder
+    workdir: Path  # the folder to write
+    model: Path  # a phase folder of a training run, or a Hugging Face folder
     step: int | None = None  # checkpoint of the phase; the newest by default
     dtype: str | None = None  # of the tensors, "float32" or "bfloat16"; by default as in the model trained from
     verify_tokens: int = 256  # positions of the logits check
@@ -36,13 +36,14 @@ def main(config: ExportConfig) -> float:
       UserError: the target would overwrite its own source.
       RuntimeError: the export does not hold what was trained.
     """
-    model, folder = Path(config.model), Path(config.workdir)
+    model, folder = config.model, config.workdir
     if folder.resolve() == base_of(model).resolve():
         raise UserError(f"workdir is {folder}, the folder that the model comes from; export to another one")
     console = Console(stderr=True)
     with jax.set_mesh(config.mesh.build()):
-        params, c = load_model(model, config.step)
-        hf.save(folder, params, c, base_of(model), config.dtype)
+        params, _ = load_model(model, config.step)
+        hf.save(folder, params, hf.read_config(base_of(model))[1], config.dtype)
+        hf.copy_companions(base_of(model), folder)
         error = verify(folder, params, config.verify_tokens)
     files = [p for p in folder.iterdir() if p.name != "manifest.json"]
     manifest.write_manifest(
@@ -76,11 +77,11 @@ def verify(folder: Path, params: decoder.Params, tokens: int) -> float:
     length = -(-min(tokens, c.max_positions) // mesh["context"]) * mesh["context"]
     shape = (mesh["data"] * mesh["fsdp"], length)
     ids = sharding.put(generator.integers(0, c.vocab, shape).astype(np.int32), "BT")
-    before, after = (np.asarray(_logits(p, ids, c)) for p in (params, reloaded))
+    before, after = (np.asarray(logits(p, ids, c)) for p in (params, reloaded))
     return float(np.abs(before - after).max() / np.abs(before).max())
 
 
-def _logits(params: decoder.Params, ids: Int[Array, "B T"], c: Config) -> Array:
+def logits(params: decoder.Params, ids: Int[Array, "B T"], c: Config) -> Array:
     """Float32 logits of plain rows of one document each."""
 
     def run(params: decoder.Params, ids: Array) -> Array:

@@ -34,11 +34,18 @@ def read_config(folder: Path) -> tuple[Config, dict[str, Any]]:
     if not path.is_file():
         found = "the folder exists" if folder.is_dir() else "there is no such folder"
         raise UserError(f"{path} not found ({found}); expected a Hugging Face model folder")
-    try:
-        hf = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error})") from None
+    hf = _read_json(path)
     return models.family(str(hf.get("model_type"))).config(hf), hf
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); download it again") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds a JSON {type(values).__name__}, expected an object")
+    return values
 
 
 class Tensors(contextlib.AbstractContextManager):
@@ -48,7 +55,7 @@ class Tensors(contextlib.AbstractContextManager):
         self._open = contextlib.ExitStack()
         index, single = folder / _INDEX, folder / "model.safetensors"
         if index.is_file():
-            file_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            file_of = _read_json(index).get("weight_map", {})
         elif single.is_file():
             with _safe_open(single) as file:
                 file_of = dict.fromkeys(file.keys(), single.name)
@@ -58,7 +65,8 @@ class Tensors(contextlib.AbstractContextManager):
         if lost:
             raise UserError(f"{folder}: {_INDEX} names files that are not there: {', '.join(lost)}")
         files = {name: self._open.enter_context(_safe_open(folder / name)) for name in sorted(set(file_of.values()))}
-        self._file = {name: files[file] for name, file in file_of.items()}
+        held = {file: set(opened.keys()) for file, opened in files.items()}
+        self._file = {name: files[file] for name, file in file_of.items() if name in held[file]}
 
     def __exit__(self, *exception: object) -> None:
         self._open.close()
@@ -90,7 +98,8 @@ def check(template: decoder.Params, found: Mapping[str, tuple[int, ...]], where:
             needed[name] = w.hf_shape
     tied = {"lm_head.weight"} if template.unembed is None else set()  # some exporters write the shared matrix twice
     problems = [f"missing {name} {list(needed[name])}" for name in sorted(needed.keys() - found.keys())]
-    problems += [f"unexpected {name} {list(found[name])}" for name in sorted(found.keys() - needed.keys() - tied)]
+    extra = {name for name in found.keys() - needed.keys() - tied if not name.endswith(_DERIVED)}
+    problems += [f"unexpected {name} {list(found[name])}" for name in sorted(extra)]
     problems += [
         f"{name} is {list(found[name])}, expected {list(needed[name])}"
         for name in sorted(needed.keys() & found.keys())
@@ -98,6 +107,9 @@ def check(template: decoder.Params, found: Mapping[str, tuple[int, ...]], where:
     ]
     if problems:
         raise UserError(f"{where}: the tensors do not fit config.json:\n  " + "\n  ".join(problems))
+
+
+_DERIVED = ".rotary_emb.inv_freq"  # old Llama exports hold what config.json says already; transformers skips it too
 
 
 def _names(w: weights.Declared) -> list[str]:
@@ -112,6 +124,7 @@ def load(folder: Path, dtype: Any = np.float32) -> tuple[decoder.Params, Config]
       dtype: of the weights in memory; float32 holds bfloat16 and float16 checkpoints exactly.
     """
     config, _ = read_config(folder)
+    sharding.check_divisible(config.sizes(), dict(jax.sharding.get_mesh().shape), sharding.STORAGE)
     template = decoder.template(config)
     with Tensors(folder) as tensors:
         check(template, tensors.shapes(), str(folder))
@@ -129,24 +142,24 @@ def load(folder: Path, dtype: Any = np.float32) -> tuple[decoder.Params, Config]
         return jax.tree.map(one, template, is_leaf=weights.is_declared), config
 
 
-def save(folder: Path, params: decoder.Params, config: Config, source: Path, dtype: str | None = None) -> None:
-    """Writes a Hugging Face folder; the tokenizer and the config come from `source`, the folder trained from.
+def save(folder: Path, params: decoder.Params, hf: Mapping[str, Any], dtype: str | None = None) -> None:
+    """Writes config.json and the weights of a model; `copy_companions` adds the tokenizer.
 
     Args:
-      dtype: "float32" or "bfloat16" of the tensors on disk; by default that of the source's config.json.
+      hf: config.json of the model trained from; RoPE is written in both schemas whatever this one has.
+      dtype: "float32" or "bfloat16" of the tensors on disk; by default that of the config.
 
     Raises:
-      UserError: the target exists and is not a folder this function may fill.
+      UserError: the dtype is neither.
     """
-    _, hf = read_config(source)
     dtype = dtype or str(hf.get("dtype") or hf.get("torch_dtype") or "float32")
     if dtype not in _DTYPES:
         raise UserError(f"cannot write tensors as {dtype!r}; expected one of {', '.join(_DTYPES)}")
     folder.mkdir(parents=True, exist_ok=True)
-    copy_companions(source, folder)
+    config = models.family(str(hf.get("model_type"))).config(hf)
     _write_shards(folder, _tensors_of(params, config, _DTYPES[dtype]))
-    hf = {**write_rope(hf), "dtype": dtype, "torch_dtype": dtype}
-    (folder / "config.json").write_text(json.dumps(hf, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    written = {**write_rope(hf), "dtype": dtype, "torch_dtype": dtype}
+    (folder / "config.json").write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _tensors_of(params: decoder.Params, config: Config, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
@@ -160,13 +173,16 @@ def _tensors_of(params: decoder.Params, config: Config, dtype: Any) -> Iterator[
 
 
 def _write_shards(folder: Path, tensors: Iterator[tuple[str, np.ndarray]]) -> None:
-    """Writes safetensors files of at most about 2 GB, with an index where there are several."""
+    """Writes safetensors files of at most about 2 GB, with an index where there are several.
+
+    Weights that are already there are replaced only when all of the new ones are on disk.
+    """
     shards: list[dict[str, np.ndarray]] = [{}]
     written: list[tuple[Path, list[str]]] = []
     total = held = 0
 
     def flush() -> None:
-        path = folder / f"model-{len(written) + 1:05d}.safetensors"
+        path = folder / f"model-{len(written) + 1:05d}.partial"
         safetensors.numpy.save_file(shards[0], path, metadata={"format": "pt"})
         written.append((path, list(shards[0])))
         shards[0] = {}
@@ -179,6 +195,8 @@ def _write_shards(folder: Path, tensors: Iterator[tuple[str, np.ndarray]]) -> No
         held += values.nbytes
         total += values.nbytes
     flush()
+    for stale in (folder / _INDEX, *folder.glob("model*.safetensors")):  # an old index would hide a new single file
+        stale.unlink(missing_ok=True)
     if len(written) == 1:
         written[0][0].rename(folder / "model.safetensors")
         return
@@ -204,5 +222,5 @@ _COMPANIONS = (
 def copy_companions(source: Path, folder: Path) -> None:
     """Copies tokenizer, chat template and generation settings."""
     for pattern in (*_COMPANIONS, "generation_config.json"):
-        for path in source.glob(pattern):
+        for path in filter(Path.is_file, source.glob(pattern)):
             shutil.copyfile(path, folder / path.name)

@@ -28,15 +28,15 @@ def peak_flops(dtype: Any) -> tuple[float, str]:
     for part, peak in _PEAKS.items():
         if part in kind:
             return peak, f"{part} data sheet, dense bfloat16"
-    size = 2048
-    x = jax.device_put(jnp.ones((size, size), dtype), jax.local_devices()[0])
-    product = jax.jit(jnp.dot)
-    jax.block_until_ready(product(x, x))
-    seconds = []
-    for _ in range(5):
-        started = time.perf_counter()
+    size, seconds = 2048, []
+    with jax.set_mesh(jax.make_mesh((1,), ("one",), devices=jax.local_devices()[:1])):
+        x = jnp.ones((size, size), dtype)
+        product = jax.jit(jnp.dot)
         jax.block_until_ready(product(x, x))
-        seconds.append(time.perf_counter() - started)
+        for _ in range(5):
+            started = time.perf_counter()
+            jax.block_until_ready(product(x, x))
+            seconds.append(time.perf_counter() - started)
     # Simulated devices share the cores that this product had for itself
     return 2 * size**3 / min(seconds) / jax.local_device_count(), f"measured {size}x{size} {jnp.dtype(dtype)} product"
 
@@ -50,7 +50,11 @@ class MetricsLog:
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
-        self._lines = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        path = folder / "metrics.jsonl"
+        last = path.read_bytes()[-1:] if path.is_file() else b""
+        self._lines = path.open("a", encoding="utf-8")
+        if last not in (b"", b"\n"):  # the last line of a killed run; it must not swallow the next one
+            self._lines.write("\n")
         self._board = tensorboardX.SummaryWriter(str(folder / "tensorboard"))
 
     def write(self, step: int, **values: float) -> None:
@@ -66,11 +70,11 @@ class MetricsLog:
         self._board.close()
 
 
-def read(folder: Path) -> list[dict[str, float]]:
+def read(folder: Path) -> list[dict[str, Any]]:
     """The rows of a run by step, a restarted run's repetitions removed."""
     path = folder / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-    merged: dict[int, dict[str, float]] = {}
+    merged: dict[int, dict[str, Any]] = {}
     for row in rows:
         merged.setdefault(row["step"], {}).update(row)
     return [merged[step] for step in sorted(merged)]

@@ -12,7 +12,7 @@ def start(compilation_cache: bool = True) -> None:
     Compiled programs are kept in ~/.cache/jaxdistill/xla (or $JAX_COMPILATION_CACHE_DIR), so that a restart does
     not compile again.
     """
-    if compilation_cache and not jax.config.read("jax_compilation_cache_dir"):
+    if compilation_cache and not jax.config.values["jax_compilation_cache_dir"]:
         base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
         jax.config.update("jax_compilation_cache_dir", str(base / "jaxdistill" / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

@@ -34,7 +34,7 @@ class Phase:
     """One stretch of training with its own data, schedule and fresh optimizer state."""
 
     name: str  # also the name of its folder
-    examples: str  # path of a JSON Lines file of Example rows
+    examples: Path  # path of a JSON Lines file of Example rows
     epochs: int = 1  # passes over the packed rows
     steps: int | None = None  # optimizer steps, instead of epochs
     optim: OptimConfig = OptimConfig()
@@ -44,10 +44,10 @@ class Phase:
 class TrainConfig:
     """A fine-tuning run: model -> phases -> checkpoints."""
 
-    workdir: str  # run folder; run again with the same one to resume
-    model: str  # Hugging Face folder, or a phase folder of another run
-    phases: tuple[Phase, ...]
-    heldout: str | None = None  # Example rows whose loss is measured before, between and after
+    workdir: Path  # run folder; run again with the same one to resume
+    model: Path  # Hugging Face folder, or a phase folder of another run
+    phases: tuple[Phase, ...] = (Phase(name="sft", examples=Path("examples.jsonl")),)  # one after another
+    heldout: Path | None = None  # Example rows whose loss is measured before, between and after
     row_tokens: int = 8192  # T, positions in a packed row
     batch_rows: int = 8  # rows in an optimizer step, over all devices
     accumulate: int = 1  # pieces a batch is worked off in, to save memory; the result is the same
@@ -84,12 +84,15 @@ def check_mesh_rows(mesh: MeshConfig, rows: int, row_tokens: int) -> None:
 
 @struct.dataclass
 class State:
-    """All of a run that changes from step to step, apart from its place in the input."""
+    """All of a run that changes from step to step, apart from its place in the input.
 
-    step: Int[Array, ""]
+    Leaves are arrays, or what stands in for them while Orbax compares trees: hence no array annotations.
+    """
+
+    step: Any  # int32 []
     params: decoder.Params
     opt_state: optax.OptState
-    key: PRNGKeyArray  # split by folding in the step
+    key: Any  # random key [], split by folding in the step
 
 
 def new_state(params: decoder.Params, optimizer: optax.GradientTransformation, seed: int) -> State:
@@ -143,7 +146,7 @@ def make_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)  # type: ignore[arg-type]
         params: Any = optax.apply_updates(state.params, updates)  # type: ignore[arg-type]
         new = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state)
-        return new, {"loss": loss, "grad_norm": optax.global_norm(grads), "loss_tokens": total}
+        return new, {"loss": loss, "grad_norm": optax.tree.norm(grads), "loss_tokens": total}
 
     return jax.jit(step, donate_argnums=0)
 
@@ -170,7 +173,7 @@ def place(batch: Batch, accumulate: int | None = None) -> Batch:
 
 
 class NonFiniteLossError(RuntimeError):
-    """Training stopped: the loss was not a number. The last checkpoint is from before."""
+    """Training stopped: the loss or its gradient was not finite. The last checkpoint is from before."""
 
 
 def main(config: TrainConfig) -> dict[str, Any]:
@@ -184,8 +187,8 @@ class Run:
 
     def __init__(self, config: TrainConfig, console: Console | None = None):
         self.config = config
-        self.workdir = Path(config.workdir)
-        self.base = base_of(Path(config.model))
+        self.workdir = config.workdir
+        self.base = base_of(config.model)
         self.c, _ = hf.read_config(self.base)
         if config.row_tokens > self.c.max_positions:
             raise UserError(
@@ -197,21 +200,24 @@ class Run:
         self.tokenizer = chat.load_tokenizer(self.base)
         self.console = console or Console(stderr=True)
         self.peak, self.peak_source = metrics.peak_flops(jnp.dtype(config.compute_dtype))
+        lost = [str(phase.examples) for phase in config.phases if not phase.examples.is_file()]
+        if lost:
+            raise UserError(f"no such file: {', '.join(lost)}; expected JSON Lines files of examples")
         self.heldout = self._prepare(config.heldout) if config.heldout else None
         self.heldout_loss = make_heldout_loss(config, self.c)
 
-    def _prepare(self, path: str) -> loader.PackedSet:
-        return loader.prepare(Path(path), self.tokenizer, self.config.row_tokens, self.console.is_terminal)
+    def _prepare(self, path: Path) -> loader.PackedSet:
+        return loader.prepare(path, self.tokenizer, self.config.row_tokens, self.console.is_terminal)
 
     def all_phases(self) -> dict[str, Any]:
         """Runs what is left of each phase in turn."""
         config = self.config
         manifest.write_config(self.workdir, config)
-        model, done = Path(config.model), {}
+        model, done = config.model, {}
         for phase in config.phases:
             done[phase.name] = self.one_phase(phase, model)
             model = self.workdir / phase.name
-        inputs = [self.base / "config.json", *(Path(p.examples) for p in config.phases)]
+        inputs = [self.base / "config.json", *(p.examples for p in config.phases)]
         manifest.write_manifest(
             self.workdir, "train", inputs, {}, phases=done, mfu_formula=metrics.MFU_FORMULA, peak=self.peak_source
         )
@@ -264,7 +270,7 @@ class Run:
             return state
         like = weights.abstract(self.template)
         abstract = jax.eval_shape(lambda p: new_state(p, optimizer, self.config.seed), like)
-        state, position = checkpoints.restore(newest, abstract)
+        state, position = checkpoints.restore(newest, weights.on_mesh(abstract))
         batches.set_state(position)
         self.console.print(f"resumed from step {newest}")
         return state
@@ -304,10 +310,11 @@ class Run:
             number, values, tokens, ids = waiting
             waiting = None
             numbers = {name: float(value) for name, value in values.items()}
-            if not math.isfinite(numbers["loss"]):
+            # The loss is of the weights before this step; the gradient norm tells whether those after it are sound
+            if not (math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"])):
                 raise NonFiniteLossError(
-                    f"step {number} of {phase.name}: the loss is {numbers['loss']} (gradient norm "
-                    f"{numbers['grad_norm']}, learning rate {float(learning_rate(number - 1)):.3g}); the batch held "
+                    f"step {number} of {phase.name}: the loss is {numbers['loss']} and the gradient norm "
+                    f"{numbers['grad_norm']} (learning rate {float(learning_rate(number - 1)):.3g}); the batch held "
                     f"{', '.join(ids)}. Checkpoints up to the step before are intact: look at those documents, "
                     "lower optim.peak_lr, or lower optim.clip_norm, and run again to resume"
                 )

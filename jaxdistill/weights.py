@@ -96,6 +96,17 @@ def abstract(tree: Tree, dtype: Any = jnp.float32) -> Tree:
     return jax.tree.map(one, tree, is_leaf=is_declared)
 
 
+def on_mesh(tree: Tree) -> Tree:
+    """Shapes as `jax.eval_shape` gives them, laid out on the current mesh instead of an abstract one."""
+    mesh = jax.sharding.get_mesh()
+
+    def one(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        layout = jax.sharding.NamedSharding(mesh, x.sharding.spec if x.sharding else jax.P())  # none: replicated
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout)
+
+    return jax.tree.map(one, tree)
+
+
 def count(tree: Any) -> int:
     """Number of parameters."""
     return sum(int(np.prod(w.shape)) for w in jax.tree.leaves(tree, is_leaf=is_declared))

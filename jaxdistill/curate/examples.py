@@ -1,10 +1,29 @@
 """Chains and problems -> conversations to train on. One text form for long thoughts, everywhere."""
 
+import dataclasses
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from jaxdistill.collect.reply import join_reasoning
 from jaxdistill.errors import UserError
-from jaxdistill.records import Chain, Example, Problem
+from jaxdistill.manifest import write_config, write_manifest
+from jaxdistill.records import Chain, Example, Problem, read_jsonl, write_jsonl
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExamplesConfig:
+    """Chains to be made into training examples."""
+
+    chains: Path  # JSON Lines of Chain, as `jaxdistill collect` writes them
+    workdir: Path  # run folder: examples.jsonl, config.json, manifest.json
+
+
+def main(config: ExamplesConfig) -> int:
+    """Writes examples.jsonl and returns the number of examples."""
+    count = write_jsonl(config.workdir / "examples.jsonl", chains_to_examples(read_jsonl(config.chains, Chain)))
+    write_config(config.workdir, config)
+    write_manifest(config.workdir, "examples", [config.chains], {"examples": count})
+    return count
 
 
 def chains_to_examples(chains: Iterable[Chain]) -> Iterator[Example]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 from jaxtyping import Bool, Int
 
@@ -40,8 +41,16 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def render(tokenizer: Any, messages: Sequence[Message], prompt: bool) -> str:
-    """The text of a conversation. With `prompt`, it ends where the assistant is to speak."""
-    return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
+    """The text of a conversation. With `prompt`, it ends where the assistant is to speak.
+
+    Raises:
+      UserError: the chat template refuses the conversation.
+    """
+    try:
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
+    except jinja2.TemplateError as error:
+        roles = ", ".join(str(m.get("role")) for m in messages)
+        raise UserError(f"the chat template refuses a conversation of the roles {roles}: {error}") from None
 
 
 def prompt_tokens(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
@@ -51,12 +60,24 @@ def prompt_tokens(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
 
 def end_tokens(tokenizer: Any) -> list[int]:
     """Tokens that end an assistant's turn, as the chat template writes it, and the tokenizer's own end token."""
-    probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    tail = render(tokenizer, probe, prompt=False)[len(render(tokenizer, probe[:1], prompt=True)) :]
-    after = tokenizer(tail.removeprefix("b"), add_special_tokens=False)["input_ids"]
-    special = set(tokenizer.all_special_ids)
-    ends = [token for token in after if token in special][:1]
+    after = _after_answer(tokenizer, [{"role": "user", "content": "a"}])
+    special = _special_ids(tokenizer)
+    ends = [token for token in tokenizer(after, add_special_tokens=False)["input_ids"] if token in special][:1]
     return list(dict.fromkeys(ends + ([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])))
+
+
+_PROBE = "probe-answer"
+
+
+def _after_answer(tokenizer: Any, before: Sequence[Message]) -> str:
+    """What the template writes after the last word of an answer: its end-of-turn token, and perhaps a newline."""
+    return render(tokenizer, [*before, {"role": "assistant", "content": _PROBE}], prompt=False).rpartition(_PROBE)[2]
+
+
+def _special_ids(tokenizer: Any) -> set[int]:
+    """Special tokens, also those that no name like eos_token points to (Llama 3's <|eot_id|>)."""
+    marked = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return marked | set(tokenizer.all_special_ids)
 
 
 def tokenize(tokenizer: Any, example: Example) -> Document:
@@ -66,36 +87,40 @@ def tokenize(tokenizer: Any, example: Example) -> Document:
     generation markers, and an end token is trained also where it has the id of padding: masks go by position.
 
     Raises:
-      UserError: the template rewrites earlier turns, so that an answer's span cannot be told; or nothing is trained.
+      UserError: a message lacks its role or content; there is no question; the template rewrites earlier turns, so
+        that an answer's span cannot be told; or nothing is trained.
     """
+    for turn, message in enumerate(example.messages):
+        if not {"role", "content"} <= message.keys():
+            raise UserError(f"example {example.id}: message {turn} has {sorted(message)}; expected role and content")
+    if not example.messages or example.messages[0]["role"] == "assistant":
+        raise UserError(f"example {example.id} starts without a question; expected a user or system message first")
     text = render(tokenizer, example.messages, prompt=False)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    starts, stops = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
+    stops = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)[:, 1]
+    # Tokenizers may leave leading spaces out of a token's span, so a token starts where the one before it stops
+    starts = np.concatenate([[0], np.maximum.accumulate(stops)[:-1]])
     tokens = np.array(encoded["input_ids"], dtype=np.int32)
-    special = np.isin(tokens, tokenizer.all_special_ids)
+    special = np.isin(tokens, list(_special_ids(tokenizer)))
     trained = np.zeros(len(tokens), dtype=bool)
     for turn, message in enumerate(example.messages):
         if message["role"] != "assistant":
             continue
         before = render(tokenizer, example.messages[:turn], prompt=True)
         through = render(tokenizer, example.messages[: turn + 1], prompt=False)
-        if not (text.startswith(before) and text.startswith(through)):
+        after = _after_answer(tokenizer, example.messages[:turn])
+        if not (text.startswith(before) and text.startswith(through) and through.endswith(after)):
             raise UserError(
                 f"example {example.id}: the chat template changes earlier text when turn {turn} is added; "
                 "train on conversations with one answer, or use a template that only appends"
             )
-        inside = (starts >= len(before)) & (stops <= len(through)) & (stops > starts)
-        # What follows the end of the turn (a newline, say) is the template's, not the assistant's
-        said = np.flatnonzero(inside & special & (starts >= len(before) + _said_chars(through, before, message)))
-        if said.size:
-            inside[said[0] + 1 :] = False
+        inside = (starts >= len(before)) & (stops <= len(through))
+        # The first special token after the answer ends the turn; what follows it (a newline, say) is the template's.
+        # One inside the answer is only text.
+        ends = np.flatnonzero(inside & special & (starts >= len(through) - len(after)))
+        if ends.size:
+            inside[ends[0] + 1 :] = False
         trained |= inside
     if not trained[1:].any():
         raise UserError(f"example {example.id} has no assistant words to train on; expected an assistant message")
     return Document(example.id, tokens, trained, example.weight)
-
-
-def _said_chars(through: str, before: str, message: Message) -> int:
-    """How many characters after `before` the message's content reaches: an end token inside it is only text."""
-    at = through.find(message["content"].strip(), len(before))
-    return max(at, len(before)) - len(before) + len(message["content"].strip()) if at >= 0 else 0

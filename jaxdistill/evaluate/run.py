@@ -31,10 +31,10 @@ _THINKING_ENDS = "</think>"
 class EvaluateConfig:
     """One model on one task under one sampling setting."""
 
-    workdir: str  # run folder; run again with the same one to resume
-    model: str  # Hugging Face folder, or a phase folder of a training run
+    workdir: Path  # run folder; run again with the same one to resume
+    model: Path  # Hugging Face folder, or a phase folder of a training run
     task: str  # name of a file in evaluate/tasks/
-    path: str  # the task's problems, a JSON Lines file
+    path: Path  # the task's problems, a JSON Lines file
     limit: int | None = None  # problems, a fixed random choice; all by default
     limit_seed: int = 0  # of that choice
     samples: int = 1  # per problem
@@ -50,7 +50,7 @@ class EvaluateConfig:
 
     def settings(self) -> dict[str, Any]:
         """What a completion's text depends on, apart from problem and seed."""
-        return {**dataclasses.asdict(self.sampling), "compute_dtype": self.compute_dtype, "model": self.model}
+        return {**dataclasses.asdict(self.sampling), "compute_dtype": self.compute_dtype, "model": str(self.model)}
 
 
 def main(config: EvaluateConfig) -> Summary:
@@ -58,8 +58,8 @@ def main(config: EvaluateConfig) -> Summary:
 
     Completions are committed one by one: a run that was killed goes on where it stopped.
     """
-    workdir, task = Path(config.workdir), tasks.task(config.task)
-    problems = tasks.select(task.problems_from(Path(config.path)), config.limit, config.limit_seed)
+    workdir, task = config.workdir, tasks.task(config.task)
+    problems = tasks.select(task.problems_from(config.path), config.limit, config.limit_seed)
     manifest.write_config(workdir, config)
     completions = _complete(config, task, problems)
     with Verifier() as verifier:
@@ -68,9 +68,7 @@ def main(config: EvaluateConfig) -> Summary:
     records.write_jsonl(workdir / "scores.jsonl", scores)
     manifest.write_json(workdir / "summary.json", dataclasses.asdict(summary))
     counts = {"problems": len(problems), "completions": len(completions)}
-    manifest.write_manifest(
-        workdir, "evaluate", [Path(config.path), base_of(Path(config.model)) / "config.json"], counts
-    )
+    manifest.write_manifest(workdir, "evaluate", [config.path, base_of(config.model) / "config.json"], counts)
     Console(stderr=True).print(table(f"{config.model} on {config.task}", summary))
     return summary
 
@@ -95,7 +93,7 @@ def table(title: str, summary: Summary) -> Table:
 
 def _complete(config: EvaluateConfig, task: tasks.Task, problems: list[Problem]) -> list[Completion]:
     """All completions, of earlier calls and of this one, in the order of the problems."""
-    path = Path(config.workdir) / "completions.jsonl"
+    path = config.workdir / "completions.jsonl"
     wanted = {f"{config.task}/{p.id}/{i}": (p, i) for p in problems for i in range(config.samples)}
     done = {c.id: c for c in _earlier(path)}
     changed = [c.id for c in done.values() if c.settings != config.settings() or c.seed != _seed(config, c.id)]
@@ -131,7 +129,7 @@ def _seed(config: EvaluateConfig, id_: str) -> int:
 
 
 def _sample(config: EvaluateConfig, task: tasks.Task, left: dict[str, tuple[Problem, int]]) -> Iterator[Completion]:
-    tokenizer = chat.load_tokenizer(base_of(Path(config.model)))
+    tokenizer = chat.load_tokenizer(base_of(config.model))
 
     def prompt(problem: Problem) -> tuple[int, ...]:
         return tuple(chat.prompt_tokens(tokenizer, [{"role": "user", "content": task.ask(problem)}]))
@@ -139,7 +137,7 @@ def _sample(config: EvaluateConfig, task: tasks.Task, left: dict[str, tuple[Prob
     requests = [Request(id_, prompt(problem), _seed(config, id_)) for id_, (problem, _) in left.items()]
     positions = max(len(request.prompt) for request in requests) + config.sampling.max_new_tokens
     with jax.set_mesh(config.mesh.build()), Progress(console=Console(stderr=True)) as bar:
-        params, c = load_model(Path(config.model))
+        params, c = load_model(config.model)
         engine = Engine(
             params,
             c,

@@ -16,9 +16,10 @@ from jaxdistill.errors import UserError
 from jaxdistill.records import Problem
 
 Split = Literal["train", "heldout"]
-Operands = tuple[int | str, ...]  # digits, and for `keys` operations such as "*3"
+Operands = tuple[int, ...]  # digits, in the order of the statement
 
 HELDOUT_SHARE = 16  # one operand tuple of 16 is held out
+_MISSES = 20_000  # draws in a row without a new problem after which a family counts as used up
 _MULTIPLIERS = (3, 7, 9)  # units modulo 10: no value is ever lost, so a slip always reaches the answer
 
 
@@ -44,16 +45,14 @@ _OPERATIONS: Mapping[str, Callable[[int, int], int]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """One kind of problem. `facts(operands, values, index)` is the work of one letter, given all values so far."""
+    """One kind of problem. `facts(operands, index)` is the work of one letter: signs and right operands."""
 
     name: str
     letters: str  # one step each, in order
-    start_count: int  # values given at the start
     statement: Callable[[Operands], str]
     pattern: re.Pattern[str]
     draw: Callable[[random.Random], Operands]
-    read: Callable[[re.Match[str]], Operands]
-    facts: Callable[[Operands, list[int], int], Iterator[tuple[str, int]]]
+    facts: Callable[[Operands, int], Iterator[tuple[str, int]]]
     folds: tuple[int, ...]  # letters per step of the coarse solution
 
 
@@ -65,22 +64,24 @@ class Task:
     operands: Operands
 
     @property
-    def start(self) -> tuple[int, ...]:
-        """The values given."""
-        return tuple(int(operand) for operand in self.operands[: self.family.start_count])
+    def start(self) -> int:
+        """The value given."""
+        return self.operands[0]
+
+    def operand(self, index: int) -> int:
+        """The digit that stands beside a letter in the statement."""
+        return self.operands[index - len(self.family.letters)]
 
     def steps(self, slip: tuple[int, int] | None = None) -> list[tuple[list[Fact], int]]:
         """Facts and resulting value of each letter; `slip` = (letter index, wrong value written there)."""
-        values, done = list(self.start), []
+        value, done = self.start, []
         for index in range(len(self.family.letters)):
             facts: list[Fact] = []
-            value = values[-1]
-            for sign, right in self.family.facts(self.operands, values, index):
+            for sign, right in self.family.facts(self.operands, index):
                 facts.append(Fact(value, sign, right))
                 value = facts[-1].value
             if slip is not None and slip[0] == index:
                 value = slip[1]
-            values.append(value)
             done.append((facts, value))
         return done
 
@@ -95,34 +96,31 @@ def joined(steps: list[tuple[list[Fact], int]]) -> str:
     return str(10 * steps[-2][1] + steps[-1][1])
 
 
-def _labelled(letters: str, items: tuple[int | str, ...]) -> str:
-    return ", ".join(f"{letter} {item}" for letter, item in zip(letters, items, strict=True))
+def _labelled(letters: str, items: tuple[int, ...]) -> str:
+    return ", ".join(f"{letter}{item}" for letter, item in zip(letters, items, strict=True))
 
 
 def _digit_list(letters: str) -> str:
-    return ", ".join(rf"{letter} (\d)" for letter in letters)
+    return ", ".join(rf"{letter}(\d)" for letter in letters)
 
 
 _ASK = "Write the last two values as one number."  # names no letter: each stands once in a problem, beside its operand
-_KEYS, _DIGITS = "abcdef", "abcd"
+_TURNS, _DIGITS = "abcdef", "abcd"
 
 
-def _keys_statement(operands: Operands) -> str:
-    keys = tuple(f"{str(key)[0]} {str(key)[1]}" for key in operands[1:])
-    return f"Work modulo 10. Start with {operands[0]}. Apply {_labelled(_KEYS, keys)}. {_ASK}"
-
-
-def _keys_draw(rng: random.Random) -> Operands:
-    signs = [rng.choice("+*") for _ in _KEYS]
+def _turns_statement(operands: Operands) -> str:
     return (
-        rng.randrange(10),
-        *(f"{s}{rng.choice(_MULTIPLIERS) if s == '*' else rng.randrange(1, 10)}" for s in signs),
+        f"Work modulo 10. Start with {operands[0]}. Multiply and add in turn: {_labelled(_TURNS, operands[1:])}. {_ASK}"
     )
 
 
-def _keys_facts(operands: Operands, values: list[int], index: int) -> Iterator[tuple[str, int]]:
-    key = str(operands[1 + index])
-    yield key[0], int(key[1])
+def _turns_draw(rng: random.Random) -> Operands:
+    draws = (rng.choice(_MULTIPLIERS) if turn % 2 == 0 else rng.randrange(10) for turn in range(len(_TURNS)))
+    return (rng.randrange(10), *draws)
+
+
+def _turns_facts(operands: Operands, index: int) -> Iterator[tuple[str, int]]:
+    yield "*+"[index % 2], operands[1 + index]
 
 
 def _checksum_statement(operands: Operands) -> str:
@@ -136,53 +134,42 @@ def _checksum_draw(rng: random.Random) -> Operands:
     return (rng.randrange(10), rng.choice(_MULTIPLIERS), *(rng.randrange(10) for _ in _DIGITS))
 
 
-def _checksum_facts(operands: Operands, values: list[int], index: int) -> Iterator[tuple[str, int]]:
-    yield "*", int(operands[1])
-    yield "+", int(operands[2 + index])
+def _checksum_facts(operands: Operands, index: int) -> Iterator[tuple[str, int]]:
+    yield "*", operands[1]
+    yield "+", operands[2 + index]
 
 
-def _series_statement(operands: Operands) -> str:
+def _relay_statement(operands: Operands) -> str:
     return (
-        f"Work modulo 10. Start with {operands[0]} and {operands[1]}. At each letter add the last two values "
-        f"and its digit: {_labelled(_DIGITS, operands[2:])}. {_ASK}"
+        f"Work modulo 10. Start with {operands[0]}. At each letter add its digit and multiply by {operands[1]}: "
+        f"{_labelled(_DIGITS, operands[2:])}. {_ASK}"
     )
 
 
-def _series_draw(rng: random.Random) -> Operands:
-    return tuple(rng.randrange(10) for _ in range(2 + len(_DIGITS)))
-
-
-def _series_facts(operands: Operands, values: list[int], index: int) -> Iterator[tuple[str, int]]:
-    yield "+", values[-2]
-    yield "+", int(operands[2 + index])
-
-
-def _digits(match: re.Match[str]) -> Operands:
-    return tuple(int(digit) for digit in match.groups())
+def _relay_facts(operands: Operands, index: int) -> Iterator[tuple[str, int]]:
+    yield "+", operands[2 + index]
+    yield "*", operands[1]
 
 
 FAMILIES: Mapping[str, Family] = {
     family.name: family
     for family in (
         Family(
-            name="keys",
-            letters=_KEYS,
-            start_count=1,
-            statement=_keys_statement,
+            name="turns",
+            letters=_TURNS,
+            statement=_turns_statement,
             pattern=re.compile(
-                r"Work modulo 10\. Start with (\d)\. Apply "
-                + ", ".join(rf"{letter} ([+*] \d)" for letter in _KEYS)
+                r"Work modulo 10\. Start with (\d)\. Multiply and add in turn: "
+                + _digit_list(_TURNS)
                 + re.escape(f". {_ASK}")
             ),
-            draw=_keys_draw,
-            read=lambda match: (int(match[1]), *(key.replace(" ", "") for key in match.groups()[1:])),
-            facts=_keys_facts,
+            draw=_turns_draw,
+            facts=_turns_facts,
             folds=(4, 1, 1),
         ),
         Family(
             name="checksum",
             letters=_DIGITS,
-            start_count=1,
             statement=_checksum_statement,
             pattern=re.compile(
                 r"Work modulo 10\. Start with (\d)\. At each letter multiply by (\d) and add its digit: "
@@ -190,22 +177,20 @@ FAMILIES: Mapping[str, Family] = {
                 + re.escape(f". {_ASK}")
             ),
             draw=_checksum_draw,
-            read=_digits,
             facts=_checksum_facts,
             folds=(3, 1),
         ),
         Family(
-            name="series",
+            name="relay",
             letters=_DIGITS,
-            start_count=2,
-            statement=_series_statement,
+            statement=_relay_statement,
             pattern=re.compile(
-                r"Work modulo 10\. Start with (\d) and (\d)\. At each letter add the last two values "
-                r"and its digit: " + _digit_list(_DIGITS) + re.escape(f". {_ASK}")
+                r"Work modulo 10\. Start with (\d)\. At each letter add its digit and multiply by (\d): "
+                + _digit_list(_DIGITS)
+                + re.escape(f". {_ASK}")
             ),
-            draw=_series_draw,
-            read=_digits,
-            facts=_series_facts,
+            draw=_checksum_draw,
+            facts=_relay_facts,
             folds=(3, 1),
         ),
     )
@@ -216,7 +201,7 @@ def parse(text: str) -> Task | None:
     """The first problem stated in a text, or None where no family knows the words."""
     for family in FAMILIES.values():
         if match := family.pattern.search(text):
-            return Task(family, family.read(match))
+            return Task(family, tuple(int(digit) for digit in match.groups()))
     return None
 
 
@@ -242,6 +227,9 @@ def generate(family: str, count: int, seed: int, split: Split) -> list[Problem]:
     """Distinct problems of one family, or of `all` in turn; the same arguments give the same list.
 
     Problems whose answer would start with 0 are not drawn: the answer always has two digits.
+
+    Raises:
+      UserError: unknown family or split, or (nearly) all problems of a family are drawn and `count` is not reached.
     """
     if family != "all" and family not in FAMILIES:
         raise UserError(f"family {family!r} is not known; expected all or one of {sorted(FAMILIES)}")
@@ -251,12 +239,17 @@ def generate(family: str, count: int, seed: int, split: Split) -> list[Problem]:
     rng = random.Random(f"{family}/{seed}/{split}")
     seen: set[tuple[str, Operands]] = set()
     problems: list[Problem] = []
+    misses = 0  # draws in a row that gave nothing new
     while len(problems) < count:
+        if misses == _MISSES:
+            raise UserError(f"family {family!r} has no more than about {len(problems)} {split} problems, asked {count}")
         name = names[len(problems) % len(names)]
         task = Task(FAMILIES[name], FAMILIES[name].draw(rng))
         answer = task.answer
         if (name, task.operands) in seen or len(answer) < 2 or split_of(name, task.operands) != split:
+            misses += 1
             continue
+        misses = 0
         seen.add((name, task.operands))
         problems.append(_problem(task, answer, split))
     return problems

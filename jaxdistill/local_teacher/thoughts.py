@@ -35,12 +35,12 @@ def long_thought(task: Task, rng: random.Random, *, wrong_turn_rate: float = 0.1
     steps = task.steps(slip=(index, slip_value) if wrong else None)
     lines = ["Plan: one letter at a time."]
     for i, (letter, (facts, result)) in enumerate(zip(letters, steps, strict=True)):
-        # The operand comes first, as it stands in the problem, so that copying it needs no more than the letter.
-        operand = facts[-1].right if len(facts) > 1 else f"{facts[0].sign} {facts[0].right}"
+        # Letter and operand come first, as they stand in the problem: one look-up finds the operand, and all that
+        # follows is in this line and the one before. "+ 4" instead of "4" cost a small model its copy of the digit.
+        work = _work(facts, result)
         if wrong_turn and i == index:
-            lines.append(f"{letter} {operand}: {_work(facts, slip_value)}. Wait, {_work(facts[-1:], result)}.")
-        else:
-            lines.append(f"{letter} {operand}: {_work(facts, result)}.")
+            work = f"{_work(facts, slip_value)}. Wait, {_work(facts[-1:], result)}"
+        lines.append(f"{letter}{task.operand(i)}: {work}.")
     facts, result = steps[-1]
     lines.append(f"Check: {_work(facts[-1:], result)}, right.")
     lines.append(f"Last values: {steps[-2][1]}, {result}.")
@@ -54,9 +54,9 @@ def _slip(task: Task, rng: random.Random) -> tuple[int, int]:
 
 
 def _work(facts: list[Fact], result: int) -> str:
-    """`7 * 3 = 1, 1 + 4 = 5`, with `result` written after the last sign of equality."""
+    """`7*3=1, 1+4=5`, with `result` written after the last sign of equality."""
     values = [*(fact.value for fact in facts[:-1]), result]
-    return ", ".join(f"{f.left} {f.sign} {f.right} = {value}" for f, value in zip(facts, values, strict=True))
+    return ", ".join(f"{f.left}{f.sign}{f.right}={value}" for f, value in zip(facts, values, strict=True))
 
 
 def reformatted(task: Task, rng: random.Random | None = None) -> str:
@@ -70,7 +70,7 @@ def reformatted(task: Task, rng: random.Random | None = None) -> str:
     for number, last in enumerate(fold_ends(task.family), start=1):
         names = list(letters[first : last + 1])
         listed = f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
-        begin = f"we start with {' and '.join(map(str, task.start))} and" if number == 1 else "we"
+        begin = f"we start with {task.start} and" if number == 1 else "we"
         lines.append(f"Step {number}: {begin} apply {listed}, which gives {steps[last][1]}.")
         first = last + 1
     lines.append(f"The last values are {steps[-2][1]} and {steps[-1][1]}, so the answer is \\boxed{{{joined(steps)}}}.")

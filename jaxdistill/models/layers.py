@@ -41,10 +41,14 @@ def apply_rope(x: Float[Array, "B T N H"], angles: Angles) -> Float[Array, "B T 
 def inverse_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
     """Radians per position for each of the H/2 pairs, float32 [H/2].
 
+    Rounded to float32 in the same places as transformers, which the checkpoints were trained with: half a unit in
+    the last place is 1e-4 radians at position 4,096, and shows in the logits.
+
     Sources: transformers `modeling_rope_utils.py` (`_compute_llama3_parameters`, `_compute_yarn_parameters`).
     """
-    exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
-    frequencies = rope.theta**-exponents
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    periods = (rope.theta ** exponents.astype(np.float64)).astype(np.float32)
+    frequencies = 1 / periods
     if rope.kind == "llama3":
         wavelengths = 2 * math.pi / frequencies
         low, high = rope.low_freq_factor, rope.high_freq_factor
@@ -52,8 +56,9 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
         frequencies = (1 - smooth) * frequencies / rope.factor + smooth * frequencies
     elif rope.kind == "yarn":
         low, high = _yarn_range(rope, head_dim)
-        ramp = np.clip((np.arange(head_dim // 2) - low) / (high - low), 0.0, 1.0)
-        frequencies = frequencies / rope.factor * ramp + frequencies * (1 - ramp)
+        ramp = np.clip((np.arange(head_dim // 2, dtype=np.float32) - low) / (high - low), 0.0, 1.0)
+        extrapolated = 1 - ramp
+        frequencies = 1 / (rope.factor * periods) * (1 - extrapolated) + frequencies * extrapolated
     return frequencies.astype(np.float32)
 
 
@@ -67,7 +72,7 @@ def _yarn_range(rope: Rope, head_dim: int) -> tuple[float, float]:
     low, high = pair(rope.beta_fast), pair(rope.beta_slow)
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
+    low, high = float(max(low, 0)), float(min(high, head_dim - 1))
     return low, high + 0.001 if low == high else high
 
 

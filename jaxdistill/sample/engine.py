@@ -181,7 +181,8 @@ class Engine:
         """Yields each request's output as it finishes, in order of finishing.
 
         Raises:
-          UserError: a prompt leaves no room for output; it is refused before anything is sampled.
+          UserError: a prompt leaves no room for output, a token is not in the vocabulary, or a seed is out of range;
+            refused before anything is sampled.
         """
         queue = deque(requests)
         for request in queue:
@@ -190,6 +191,14 @@ class Engine:
                     f"request {request.id}: the prompt has {len(request.prompt)} tokens; "
                     f"expected 1 to {self.positions - 1} ({self.positions} positions for prompt and output)"
                 )
+            unknown = [token for token in request.prompt if not 0 <= token < self.config.vocab]
+            if unknown:
+                raise UserError(
+                    f"request {request.id}: token {unknown[0]} is outside the model's vocabulary of "
+                    f"{self.config.vocab}; the tokenizer and the model do not belong together"
+                )
+            if not 0 <= request.seed < 2**31:
+                raise UserError(f"request {request.id}: seed {request.seed}; expected 0 to {2**31 - 1}")
         yield from _Schedule(self, queue).run()
 
 

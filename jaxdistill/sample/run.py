@@ -21,8 +21,8 @@ from jaxdistill.sharding import MeshConfig
 class SampleConfig:
     """Prompts to answer."""
 
-    workdir: str  # run folder: samples.json
-    model: str  # Hugging Face folder, or a phase folder of a training run
+    workdir: Path  # run folder: samples.json
+    model: Path  # Hugging Face folder, or a phase folder of a training run
     prompts: tuple[str, ...]  # what the user says, one conversation each
     sampling: SamplingConfig = SamplingConfig()
     seed: int = 0  # of the first prompt; each further one has the next
@@ -37,7 +37,7 @@ class SampleConfig:
 
 def main(config: SampleConfig) -> list[dict[str, str | int]]:
     """Answers the prompts, prints the answers and writes them to samples.json."""
-    model, workdir = Path(config.model), Path(config.workdir)
+    model, workdir = config.model, config.workdir
     tokenizer = chat.load_tokenizer(base_of(model))
     conversations = [chat.prompt_tokens(tokenizer, [{"role": "user", "content": text}]) for text in config.prompts]
     requests = [Request(str(i), tuple(tokens), config.seed + i) for i, tokens in enumerate(conversations)]

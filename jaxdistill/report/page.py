@@ -1,0 +1,93 @@
+"""One self-contained HTML page about a run of the chain: what it collected, trained, measured and wrote."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup
+
+from jaxdistill.evaluate.grade import Summary
+from jaxdistill.evaluate.statistics import CONFIDENCE, RESAMPLES
+from jaxdistill.report import plots
+
+KEPT = "verified"  # the count in Page.collected that is no drop
+_FOLD_CHARACTERS = 600  # longer parts of an output are folded
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One model of the chain, evaluated."""
+
+    name: str
+    summary: Summary
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """One problem and what the stages answered."""
+
+    question: str
+    gold: str
+    outputs: Mapping[str, tuple[str, bool]]  # by stage: the text, and whether it is correct
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Page:
+    """All that the page shows; mappings are shown in their order."""
+
+    title: str
+    facts: Mapping[str, str]  # commit, seed, wall time, versions
+    collected: Mapping[str, int]  # answers of the teacher by what became of them
+    stages: tuple[Stage, ...]  # first to last
+    losses: Mapping[str, plots.Curve]  # by phase; steps count from the start of the phase
+    heldout: Mapping[str, plots.Curve]
+    comparisons: tuple[Comparison, ...]
+    notes: tuple[str, ...]
+
+    def __post_init__(self):
+        names = [stage.name for stage in self.stages]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"stages are {names}; expected one or more, each with a name of its own")
+        unknown = {name for comparison in self.comparisons for name in comparison.outputs} - set(names)
+        if unknown:
+            raise ValueError(f"comparisons name stages {sorted(unknown)}; expected some of {names}")
+
+
+def write(path: Path, page: Page) -> None:
+    """Writes the page; the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    # A model may write half an emoji, which UTF-8 cannot hold: it becomes a reference that browsers show as U+FFFD.
+    partial.write_text(_render(page), encoding="utf-8", errors="xmlcharrefreplace")
+    partial.replace(path)
+
+
+def _render(page: Page) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    summaries = {stage.name: stage.summary for stage in page.stages}
+    return environment.get_template("page.html.jinja").render(
+        page=page,
+        kept=KEPT,
+        confidence=CONFIDENCE,
+        resamples=RESAMPLES,
+        parts=_parts,
+        fold_characters=_FOLD_CHARACTERS,
+        loss_plot=Markup(plots.losses(page.losses, page.heldout, [*summaries])),
+        scaling_plot=Markup(plots.inference_time_scaling(summaries)),
+    )
+
+
+def _parts(text: str) -> dict[str, str]:
+    """The reasoning, which ends at the last `</think>`, and the answer: those that have text."""
+    reasoning, mark, answer = text.rpartition("</think>")
+    if not mark and answer.lstrip().startswith("<think>"):  # cut off while thinking
+        reasoning, answer = answer, ""
+    parts = {"reasoning": reasoning.strip().removeprefix("<think>").strip(), "answer": answer.strip()}
+    return {name: part for name, part in parts.items() if part}

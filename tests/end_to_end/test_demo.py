@@ -1,0 +1,91 @@
+"""The whole chain at its smallest, as a user runs it: `jaxdistill demo`, in a process of its own, without a key."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+SIZES = {"train": 60, "reformat": 12, "heldout": 6}
+SMALL = [word for name, count in SIZES.items() for word in (f"--{name}-problems", str(count))] + ["--samples", "2"]
+
+
+def jaxdistill(*words: str) -> subprocess.CompletedProcess[str]:
+    # The test process simulates eight devices; the commands run as on a user's machine. No key may be needed.
+    environment = {k: v for k, v in os.environ.items() if k not in ("OPENAI_API_KEY", "XLA_FLAGS")}
+    command = [sys.executable, "-m", "jaxdistill", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished demo."""
+    workdir = tmp_path_factory.mktemp("demo") / "run"
+    done = jaxdistill("demo", "--workdir", str(workdir), "--answers-only", *SMALL)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "report:" in done.stdout
+    return workdir
+
+
+def test_summary_holds_what_was_promised(run: Path) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["accuracy"].keys() == {"base", "phase1", "phase2", "answers_only"}
+    for stage, (low, high) in summary["interval"].items():
+        assert 0 <= low <= summary["accuracy"][stage] <= high <= 1
+    assert summary["average_tokens"]["phase2"] > 0
+    assert summary["maj_at_k"]["phase2"]["k"] == 2
+    assert set(summary["collected"]) == {"verified", "wrong", "truncated", "failed"}
+    assert sum(summary["collected"].values()) == 60
+    assert summary["export_max_logit_error"] < 1e-4
+    assert summary["wall_s"] > 0
+    assert summary["commit"]
+    ablation, both = summary["phases"]["answers_only"], ("reformatted", "distilled")
+    assert ablation["steps"] == sum(summary["phases"][name]["steps"] for name in both)
+
+
+def test_every_dropped_chain_has_a_receipt(run: Path) -> None:
+    counts = json.loads((run / "collected.json").read_text())["distilled"]
+    receipts = [json.loads(line) for line in (run / "distilled" / "dropped.jsonl").read_text().splitlines()]
+    assert len(receipts) == sum(counts.values()) - counts["verified"]
+
+
+def test_report_is_one_offline_page(run: Path) -> None:
+    page = (run / "report.html").read_text()
+    assert "<svg" in page
+    assert "src=" not in page.replace('src="data:', "")
+
+
+def test_export_loads_in_transformers_with_the_same_logits(run: Path) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    import jax
+    import tiny
+
+    from jaxdistill import export, hf
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(run / "export", dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run / "export")
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "Work modulo 10."}], tokenize=False)
+    ids = np.array([tokenizer(text)["input_ids"]], np.int32)
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(ids).long()).logits.numpy()
+    with tiny.mesh():
+        params, config = hf.load(run / "export")
+        ours = np.asarray(export.logits(params, jax.numpy.asarray(ids), config))
+    assert np.abs(ours - theirs).max() < 1e-4 * np.abs(theirs).max()
+
+
+def test_a_finished_demo_runs_again_without_work(run: Path) -> None:
+    before = (run / "teacher_log.jsonl").read_text()
+    done = jaxdistill("demo", "--workdir", str(run), "--answers-only", *SMALL)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (run / "teacher_log.jsonl").read_text() == before
+
+
+def test_other_settings_in_the_same_folder_are_refused(run: Path) -> None:
+    done = jaxdistill("demo", "--workdir", str(run), *SMALL, "--seed", "1")
+    assert done.returncode == 2
+    assert "other settings" in done.stderr

@@ -1,0 +1,186 @@
+"""Eight simulated devices: every mesh gives the loss, the gradients and the training steps of one device."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from jaxdistill import loss, optim, sharding, train
+from jaxdistill.data.packing import Batch
+from jaxdistill.errors import UserError
+from jaxdistill.models import attention, decoder
+from jaxdistill.models.config import Config
+from jaxdistill.sharding import MeshConfig
+
+MESHES = [
+    {"data": 8},
+    {"fsdp": 8},
+    {"context": 8},
+    {"tensor": 8},
+    {"data": 2, "context": 4},
+    {"fsdp": 4, "tensor": 2},
+    {"context": 4, "tensor": 2},
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    {"fsdp": 2, "context": 2, "tensor": 2},
+    {"data": 2, "fsdp": 2, "context": 2},
+]
+ROWS, T = 8, 64
+# Odd lengths; together with the last rows, which stay empty, they leave padding everywhere
+LENGTHS = (61, 33, 29, 17, 15, 13, 51, 7, 47, 11, 5, 3, 37, 19, 2, 43)
+
+
+def architecture(model_type: str, kv_heads: int) -> Config:
+    """Eight query heads, and a vocabulary that is split eight ways."""
+    return tiny.config(model_type, tied=model_type == "llama", num_attention_heads=8, num_key_value_heads=kv_heads)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _several_chunks():
+    """Queries in chunks of which the last is shorter, and the loss of one device in 4 chunks; compiled in a hurry."""
+    with pytest.MonkeyPatch.context() as patch, jax.default_matmul_precision("highest"):
+        patch.setattr(attention, "_MIN_QUERY_CHUNK", 40)
+        patch.setattr(loss, "_CHUNK_LOGITS", 1)
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
+def loss_and_gradients(c: Config, remat: decoder.Remat, sizes: dict[str, int]) -> Any:
+    """Loss and gradients of packed rows, on the host."""
+    with tiny.mesh(**sizes):
+        params, batch = tiny.put(tiny.values(c), c), tiny.place(tiny.packed(LENGTHS, c.vocab, ROWS, T))
+
+        def mean(params: decoder.Params, batch: Batch) -> jax.Array:
+            return train.loss_sum(params, batch, c, jnp.float32, remat, None) / jnp.sum(batch.weights)
+
+        value, gradients = jax.jit(jax.value_and_grad(mean))(params, batch)
+        for gradient, weight in zip(jax.tree.leaves(gradients), jax.tree.leaves(params), strict=True):
+            assert gradient.sharding.spec == weight.sharding.spec, "gradients come in storage layout"
+        return jax.device_get((value, gradients))
+
+
+@pytest.fixture(scope="module")
+def on_one_device() -> Any:
+    """`loss_and_gradients` on one device, by architecture."""
+    found: dict[Config, Any] = {}
+
+    def of(c: Config) -> Any:
+        if c not in found:
+            found[c] = loss_and_gradients(c, "none", {})
+        return found[c]
+
+    return of
+
+
+def heads_for(sizes: dict[str, int]) -> int:
+    """Key/value heads: as many as devices share them, and otherwise a fourth of the query heads."""
+    return max(2, sizes.get("tensor", 1))
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_loss_and_gradients_equal_one_device(sizes: dict[str, int], on_one_device: Any):
+    c = architecture("qwen2", heads_for(sizes))
+    expected, expected_gradients = on_one_device(c)
+    found, gradients = loss_and_gradients(c, "full", sizes)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    tiny.assert_trees_close(gradients, expected_gradients, 1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_other_families_equal_one_device(model_type: str, on_one_device: Any):
+    c = architecture(model_type, 2)
+    expected, expected_gradients = on_one_device(c)
+    found, gradients = loss_and_gradients(c, "matmuls", {"fsdp": 2, "context": 2, "tensor": 2})
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    tiny.assert_trees_close(gradients, expected_gradients, 1e-5)
+
+
+def two_steps(
+    sizes: dict[str, int], accumulate: int, noise: float = 0.0, row_order: Any = slice(None)
+) -> tuple[list[float], Any]:
+    """Losses of two optimizer steps, and the weights after them."""
+    c = architecture("qwen2", 2)
+    nowhere = Path("unused")
+    # A large eps: Adam divides by the gradient, and one that is only rounding noise would be blown up to a whole step
+    phase = train.Phase(name="p", examples=nowhere, optim=optim.OptimConfig(peak_lr=1e-2, eps=1e-3, weight_decay=0.1))
+    config = train.TrainConfig(
+        workdir=nowhere,
+        model=nowhere,
+        phases=(phase,),
+        row_tokens=T,
+        batch_rows=ROWS,
+        accumulate=accumulate,
+        mesh=MeshConfig(**sizes),
+        compute_dtype="float32",
+        neftune_alpha=noise,
+    )
+    with tiny.mesh(**sizes):
+        optimizer = optim.make(phase.optim, 2, decoder.template(c))
+        state = train.new_state(tiny.put(tiny.values(c), c), optimizer, seed=1)
+        step = train.make_step(config, c, optimizer)
+        losses = []
+        for number in range(2):
+            host = tiny.packed(LENGTHS, c.vocab, ROWS, T, seed=number)
+            batch = train.place(jax.tree.map(lambda x: x[row_order], host), accumulate)
+            state, values = step(state, batch)
+            losses.append(float(values["loss"]))
+            assert float(values["loss_tokens"]) == host.weights.sum()
+        return losses, jax.device_get(state.params)
+
+
+@pytest.fixture(scope="module")
+def noisy_steps_on_one_device() -> tuple[list[float], Any]:
+    return two_steps({}, accumulate=2, noise=5.0)
+
+
+@pytest.mark.parametrize("sizes", [MESHES[4], MESHES[5], MESHES[8]], ids=str)
+def test_two_accumulated_steps_equal_one_device(sizes: dict[str, int], noisy_steps_on_one_device: Any):
+    """NEFTune is on: its noise too must not depend on the mesh."""
+    losses, params = two_steps(sizes, accumulate=2, noise=5.0)
+    np.testing.assert_allclose(losses, noisy_steps_on_one_device[0], rtol=2e-6)
+    tiny.assert_trees_close(params, noisy_steps_on_one_device[1], 2e-5)
+
+
+def test_loss_is_the_token_mean_whatever_the_accumulation():
+    """Pieces hold different numbers of trained tokens, so a mean of their means would be another number."""
+    expected, expected_params = two_steps({}, accumulate=1)
+    shuffled = np.random.default_rng(0).permutation(ROWS)
+    losses, params = two_steps({"data": 2}, accumulate=4, row_order=shuffled)
+    np.testing.assert_allclose(losses, expected, rtol=2e-6)
+    tiny.assert_trees_close(params, expected_params, 2e-5)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"data": 4}, "data 4 x fsdp 1 x context 1 x tensor 1 needs 4 devices, found 8 .*product is 8"),
+        ({"data": 3, "tensor": 5}, "needs 15 devices, found 8"),
+        ({"data": 0}, "mesh.data is 0; expected 1 or more"),
+    ],
+)
+def test_mesh_that_does_not_fit_the_devices(sizes: dict[str, int], message: str):
+    with pytest.raises(UserError, match=message):
+        MeshConfig(**sizes).build()
+
+
+def test_mesh_that_does_not_fit_the_model():
+    c = tiny.config("llama", num_attention_heads=4, vocab_size=100)
+    with pytest.raises(UserError, match=r"V = 100 is not a multiple of 8 .*N = 4 .*K = 2 "):
+        sharding.check_divisible(c.sizes(), MeshConfig(tensor=8).sizes(), sharding.STORAGE)
+
+
+def test_rows_that_the_mesh_cannot_split():
+    with pytest.raises(UserError, match="4 rows at a time .* make them a multiple of 8"):
+        train.check_mesh_rows(MeshConfig(data=2, fsdp=4), 4, 64)
+    with pytest.raises(UserError, match="row_tokens 60 is not a multiple of mesh.context 8"):
+        train.check_mesh_rows(MeshConfig(context=8), 4, 60)
+
+
+def test_build_covers_all_devices():
+    mesh = MeshConfig(fsdp=4, tensor=2).build()
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 4, "context": 1, "tensor": 2}
+    assert set(mesh.axis_types) == {jax.sharding.AxisType.Explicit}

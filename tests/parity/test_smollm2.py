@@ -1,0 +1,91 @@
+"""The real SmolLM2-135M weights against transformers: logits at 4,096 positions, and 256 greedy tokens."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from jaxdistill import hf, sharding
+from jaxdistill.data import chat
+from jaxdistill.models import decoder
+from jaxdistill.sample.choose import SamplingConfig
+from jaxdistill.sample.engine import Engine, Request
+
+POSITIONS, CHUNK = 4096, 512
+NEW_TOKENS = 256
+
+
+@pytest.fixture(scope="module")
+def theirs(smollm2: Path) -> Any:
+    """The model in transformers, float32."""
+    import torch
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(smollm2: Path) -> Any:
+    return chat.load_tokenizer(smollm2)
+
+
+def test_logits_at_4096_positions(smollm2: Path, theirs: Any, tokenizer: Any):
+    import torch
+
+    text = "".join(path.read_text(encoding="utf-8") for path in sorted(Path(hf.__file__).parent.glob("*.py")))
+    tokens = np.array(tokenizer(text)["input_ids"][:POSITIONS], np.int32)[None]
+    assert tokens.shape == (1, POSITIONS)
+    with torch.no_grad():
+        hidden = theirs.model(torch.from_numpy(tokens.astype(np.int64))).last_hidden_state
+    with tiny.mesh(), jax.default_matmul_precision("highest"):
+        params, c = hf.load(smollm2)
+        rows = [sharding.put(x, "BT") for x in (tokens, np.arange(POSITIONS)[None], np.ones_like(tokens))]
+        x = jax.jit(lambda p, *rows: decoder.hidden(p, *rows, c, jnp.float32))(params, *rows)
+        logits = jax.jit(decoder.logits)
+        largest = worst = 0.0
+        for at in range(0, POSITIONS, CHUNK):  # 4,096 x 49,152 logits are 0.8 GB: a chunk of rows at a time
+            with torch.no_grad():
+                expected = theirs.lm_head(hidden[0, at : at + CHUNK])
+            found = torch.from_numpy(np.array(logits(params, x[:, at : at + CHUNK])[0]))
+            largest = max(largest, float(expected.abs().max()))
+            worst = max(worst, float((found - expected).abs().max()))
+            off = (torch.log_softmax(found, -1) - torch.log_softmax(expected, -1)).abs()
+            assert float(off.max()) < 1e-3
+            assert float(off.median()) < 1e-5
+    assert worst < 1e-4 * largest
+
+
+def test_greedy_tokens(smollm2: Path, theirs: Any, tokenizer: Any):
+    import torch
+
+    question = "Natalia sold 48 clips in April and half as many in May. How many did she sell altogether?"
+    prompt = chat.prompt_tokens(tokenizer, [{"role": "user", "content": question}])
+    with torch.no_grad():
+        # No end token: both go on for all of the 256 tokens
+        settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
+        inputs = torch.tensor([prompt])
+        out = theirs.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            output_logits=True,
+            return_dict_in_generate=True,
+            **settings,
+        )
+    expected = out.sequences[0, len(prompt) :].tolist()
+    assert len(expected) == NEW_TOKENS
+    with tiny.mesh(), jax.default_matmul_precision("highest"):
+        params, c = hf.load(smollm2)
+        sampling = SamplingConfig(max_new_tokens=NEW_TOKENS)
+        engine = Engine(params, c, sampling, stop_tokens=(), slots=2, positions=512, dtype=jnp.float32)
+        (output,) = engine.generate([Request("r", tuple(prompt))])
+    assert output.finish_reason == "length"
+    for step, (ours, logits) in enumerate(zip(output.tokens, out.logits, strict=True)):
+        best, second = logits[0].topk(2).values.tolist()
+        if best - second < 1e-4:
+            print(f"stopped at token {step}: the two best logits are {best - second:.2g} apart, and either is right")
+            return
+        assert ours == expected[step], f"token {step} differs, where the two best logits are {best - second:.3g} apart"

@@ -1,0 +1,84 @@
+"""Checkpoints: what is saved comes back on another mesh, and a folder that is none says so."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from jaxdistill import optim, train, weights
+from jaxdistill.checkpoint import Checkpoints, base_of, keep_base, load_model
+from jaxdistill.errors import UserError
+from jaxdistill.models import decoder
+from jaxdistill.optim import OptimConfig
+
+HF = tiny.hf_config("qwen3")
+C = tiny.config("qwen3")
+OPTIMIZER = optim.make(OptimConfig(), 10, decoder.template(C))
+
+
+def new_state() -> train.State:
+    return train.new_state(tiny.put(tiny.values(C), C), OPTIMIZER, seed=7)
+
+
+def comparable(state: train.State) -> train.State:
+    """On the host, with the key's data in place of the key."""
+    return jax.device_get(state.replace(key=jax.random.key_data(state.key)))
+
+
+@pytest.fixture(scope="module")
+def phase(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A phase folder with checkpoints of steps 2, 4 and 6, of which two are kept."""
+    source = tiny.write_folder(tmp_path_factory.mktemp("hf") / "hf", HF, tiny.values(C), C, with_tokenizer=True)
+    folder = tmp_path_factory.mktemp("phase")
+    keep_base(source, folder)
+    with tiny.mesh(fsdp=4, tensor=2):
+        state = new_state()
+        checkpoints = Checkpoints(folder, keep=2)
+        for step in (2, 4, 6):
+            checkpoints.save(step, state.replace(step=state.step + step), {"at": step})
+        checkpoints.close()
+    return folder
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 4, "tensor": 2}, {}, {"data": 2, "fsdp": 2}], ids=str)
+def test_state_comes_back_on_any_mesh(phase: Path, sizes: dict[str, int]):
+    with tiny.mesh(**sizes):
+        like = jax.eval_shape(lambda p: train.new_state(p, OPTIMIZER, seed=0), weights.abstract(decoder.template(C)))
+        checkpoints = Checkpoints(phase)
+        assert checkpoints.latest_step == 6
+        state, position = checkpoints.restore(6, weights.on_mesh(like))
+        checkpoints.close()
+        expected = new_state()
+        assert position == {"at": 6}
+        assert int(state.step) == 6
+        assert state.params.embed.sharding.spec == jax.P("tensor", "fsdp")
+        assert dict(state.params.embed.sharding.mesh.shape) == tiny.ONE_DEVICE | sizes
+        found, wanted = comparable(state), comparable(expected.replace(step=expected.step + 6))
+        jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
+def test_model_is_opened_from_a_phase_or_from_a_hugging_face_folder(phase: Path):
+    assert base_of(phase) == phase / "base"
+    with tiny.mesh(tensor=2):
+        params, c = load_model(phase)
+        assert c == C
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), tiny.values(C))
+        assert load_model(phase, step=4)[1] == C
+        with pytest.raises(UserError, match=r"no checkpoint of step 2; found \[4, 6\]"):
+            load_model(phase, step=2)
+    with tiny.mesh(tensor=8), pytest.raises(UserError, match="N = 4 is not a multiple of 8"):
+        load_model(phase)
+
+
+def test_phase_without_checkpoints(phase: Path, tmp_path: Path):
+    keep_base(phase / "base", tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    with tiny.mesh(), pytest.raises(UserError, match="has no whole checkpoint; found none"):
+        load_model(tmp_path)
+
+
+def test_folder_that_is_no_model(tmp_path: Path):
+    with tiny.mesh(), pytest.raises(UserError, match="config.json not found"):
+        load_model(tmp_path)

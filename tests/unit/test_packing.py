@@ -1,0 +1,179 @@
+"""Packing documents into rows: nothing is lost, nothing runs over, and no document notices its neighbours."""
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxdistill import train
+from jaxdistill.data import loader, packing
+from jaxdistill.data.loader import PackedSet
+from jaxdistill.models import decoder
+
+LENGTHS = st.lists(st.integers(1, 50), max_size=60)
+
+
+@given(LENGTHS)
+def test_best_fit_places_each_item_once_and_wastes_little(lengths: list[int]):
+    rows = packing.best_fit(lengths, 50)
+    assert sorted(item for row in rows for item in row) == list(range(len(lengths)))
+    filled = [sum(lengths[i] for i in row) for row in rows]
+    assert all(0 < used <= 50 for used in filled)
+    # Best fit opens a row only where nothing else has room: no two rows would go into one
+    assert all(a + b > 50 for i, a in enumerate(filled) for b in filled[:i])
+    assert len(rows) <= 2 * -(-sum(lengths) // 50), "at most twice what a perfect packing could do with"
+
+
+@given(LENGTHS)
+def test_best_fit_takes_the_fullest_row(lengths: list[int]):
+    """Against the definition, written slowly."""
+    rows: list[list[int]] = []
+    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        room = [(50 - sum(lengths[i] for i in row), at) for at, row in enumerate(rows)]
+        fitting = [pair for pair in room if pair[0] >= lengths[item]]
+        if fitting:
+            rows[min(fitting)[1]].append(item)
+        else:
+            rows.append([item])
+    assert packing.best_fit(lengths, 50) == rows
+
+
+def test_best_fit_refuses_what_is_longer_than_a_row():
+    with pytest.raises(ValueError, match="an item of 51 tokens does not fit a row of 50"):
+        packing.best_fit([3, 51], 50)
+
+
+@given(st.lists(st.integers(2, 12), min_size=1, max_size=5))
+def test_row_holds_each_document_shifted_by_one(lengths: list[int]):
+    documents = tiny.documents(lengths, vocab=96)
+    row = packing.make_row(documents, row_tokens=64)
+    at = 0
+    for segment, d in enumerate(documents, start=1):
+        n = len(d.tokens) - 1
+        here = slice(at, at + n)
+        assert row.tokens[here].tolist() == d.tokens[:-1].tolist()
+        assert row.targets[here].tolist() == d.tokens[1:].tolist()
+        assert row.positions[here].tolist() == list(range(n))
+        assert set(row.segments[here].tolist()) == {segment}
+        assert set(row.lengths[here].tolist()) == {n}
+        assert row.weights[here].tolist() == d.trained[1:].astype(np.float32).tolist()
+        at += n
+    assert all(not np.asarray(leaf)[at:].any() for leaf in jax.tree.leaves(row)), "padding is zero and weighs nothing"
+
+
+def packed_set(count: int) -> PackedSet:
+    documents = tiny.documents([8 + i % 3 for i in range(count)], vocab=96)
+    rows = packing.best_fit([packing.positions_used(d) for d in documents], 10)
+    return PackedSet(documents=documents, rows=rows, row_tokens=10, dropped=[])
+
+
+def test_batches_deal_every_row_once_an_epoch_in_another_order():
+    rows = packed_set(10)
+    dealt = list(loader.batches(rows, batch_rows=4, epochs=2, seed=3))
+    assert [batch.tokens.shape for batch, _ in dealt] == [(4, 10)] * 5
+    ids = [name for _, names in dealt for name in names]
+    first, second = ids[:10], ids[10:]
+    assert sorted(first) == sorted(second) == sorted(d.id for d in rows.documents)
+    assert first != second
+    other = [name for _, names in loader.batches(rows, batch_rows=4, epochs=1, seed=4) for name in names]
+    assert sorted(other) == sorted(first)
+    assert other != first
+
+
+def test_last_batch_is_filled_with_padding():
+    dealt = list(loader.batches(packed_set(5), batch_rows=4, epochs=1, seed=0))
+    last, names = dealt[-1]
+    assert last.tokens.shape == (4, 10)
+    assert len(names) == 1
+    assert not last.weights[1:].any()
+    assert not last.segments[1:].any()
+
+
+@pytest.mark.parametrize("taken", [0, 1, 3, 5])
+def test_position_in_the_input_is_restored(taken: int):
+    rows = packed_set(10)
+    whole = [names for _, names in loader.batches(rows, batch_rows=4, epochs=2, seed=3)]
+    iterator = loader.batches(rows, batch_rows=4, epochs=2, seed=3)
+    for _ in range(taken):
+        next(iterator)
+    again = loader.batches(rows, batch_rows=4, epochs=2, seed=3)
+    again.set_state(iterator.get_state())
+    assert [names for _, names in again] == whole[taken:]
+
+
+# --- what the model sees ---------------------------------------------------------------------------------------------
+
+LENGTH = 64  # of a row
+
+
+@pytest.fixture(scope="module")
+def model():
+    """(loss sum and gradient of a batch, architecture), on one device in float32."""
+    c = tiny.config("qwen2")
+    with tiny.mesh(), jax.default_matmul_precision("highest"):
+        params = tiny.put(tiny.values(c), c)
+
+        def loss(params: decoder.Params, batch: packing.Batch):
+            return train.loss_sum(params, batch, c, np.float32, "none", None)
+
+        compiled = jax.jit(jax.value_and_grad(loss))
+        yield lambda batch: compiled(params, tiny.place(batch)), c
+
+
+def alone(d, weight: float = 1.0) -> packing.Batch:
+    """A document in a row of its own."""
+    return tiny.stack([packing.make_row([d], LENGTH)] + [packing.empty_row(LENGTH)])
+
+
+def test_packed_row_equals_its_documents_alone(model):
+    loss_and_gradient, c = model
+    documents = tiny.documents([17, 23, 9, 12], vocab=c.vocab)
+    row = packing.make_row(documents, LENGTH)
+    each = [loss_and_gradient(alone(d)) for d in documents]
+    # One document's loss within the row: the others' targets weigh nothing
+    for segment, (expected, gradient) in enumerate(each, start=1):
+        only = row.replace(weights=np.where(row.segments == segment, row.weights, 0).astype(np.float32))
+        loss, found = loss_and_gradient(tiny.stack([only, packing.empty_row(LENGTH)]))
+        np.testing.assert_allclose(loss, expected, rtol=2e-6)
+        tiny.assert_trees_close(found, gradient, 1e-5)
+    loss, found = loss_and_gradient(tiny.stack([packing.empty_row(LENGTH), row]))
+    np.testing.assert_allclose(loss, sum(value for value, _ in each), rtol=2e-6)
+    tiny.assert_trees_close(found, jax.tree.map(lambda *g: sum(g), *[gradient for _, gradient in each]), 1e-5)
+
+
+def test_weight_of_a_document_scales_its_loss(model):
+    loss_and_gradient, c = model
+    light, heavy = (tiny.document("d", 20, c.vocab, weight=weight) for weight in (1.0, 2.5))
+    other = tiny.document("o", 30, c.vocab)
+    loss, gradient = loss_and_gradient(alone(light))
+    scaled, scaled_gradient = loss_and_gradient(alone(heavy))
+    np.testing.assert_allclose(scaled, 2.5 * loss, rtol=1e-6)
+    tiny.assert_trees_close(scaled_gradient, jax.tree.map(lambda g: 2.5 * g, gradient), 1e-6)
+    both, _ = loss_and_gradient(tiny.stack([packing.make_row([heavy, other], LENGTH), packing.empty_row(LENGTH)]))
+    np.testing.assert_allclose(both, scaled + loss_and_gradient(alone(other))[0], rtol=2e-6)
+
+
+def test_prompts_and_padding_carry_no_loss(model):
+    loss_and_gradient, c = model
+    d = tiny.document("d", 20, c.vocab, prompt=7)
+    loss, _ = loss_and_gradient(alone(d))
+    batch = alone(d)
+    batch.targets[:, :6] = 5  # targets of the prompt: token 7 is the first that is trained
+    batch.targets[:, 19:] = 5
+    batch.tokens[:, 19:] = 5
+    assert loss_and_gradient(batch)[0] == loss
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.lists(st.integers(2, 40), min_size=1, max_size=4), st.integers(0, 1000))
+def test_loss_does_not_depend_on_how_documents_are_packed(model, lengths: list[int], seed: int):
+    loss_and_gradient, c = model
+    documents = tiny.documents(lengths, c.vocab, seed)
+    expected = sum(float(loss_and_gradient(alone(d))[0]) for d in documents)
+    fitted = packing.best_fit([packing.positions_used(d) for d in documents], LENGTH)
+    rows = [packing.make_row([documents[i] for i in row], LENGTH) for row in fitted]
+    rows += [packing.empty_row(LENGTH)] * (len(rows) % 2)
+    found = sum(float(loss_and_gradient(tiny.stack(rows[i : i + 2]))[0]) for i in range(0, len(rows), 2))
+    np.testing.assert_allclose(found, expected, rtol=5e-6)

@@ -1,0 +1,64 @@
+"""The letter tables: which layouts they give, and what is moved."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from jaxdistill import sharding
+from jaxdistill.errors import UserError
+
+
+def test_every_axis_of_the_tables_is_on_the_mesh():
+    for table in (sharding.STORAGE, sharding.COMPUTE):
+        for axes in table.values():
+            assert set((axes,) if isinstance(axes, str) else axes or ()) <= set(sharding.MESH_AXES)
+    assert {"data", "fsdp", "context"} == sharding.TOKEN_AXES
+
+
+def test_spec_follows_the_letters():
+    assert sharding.spec("BTD") == jax.P(("data", "fsdp"), "context", None)
+    assert sharding.spec("VD", sharding.STORAGE) == jax.P("tensor", "fsdp")
+    assert sharding.spec("LDNH", sharding.STORAGE) == jax.P(None, "fsdp", "tensor", None)
+
+
+def test_einsum_lays_its_result_out_by_the_letters():
+    with tiny.mesh(fsdp=2, tensor=4):
+        x = sharding.put(np.ones((4, 8, 16), np.float32), "BTD")
+        w = jax.device_put(np.ones((16, 8), np.float32), sharding.spec("DF", sharding.STORAGE))
+        out = jax.jit(lambda x, w: sharding.einsum("BTD,DF->BTF", x, sharding.gather(w, "DF", jnp.float32)))(x, w)
+        assert out.sharding.spec == jax.P(("data", "fsdp"), "context", "tensor")
+        np.testing.assert_array_equal(out, 16.0)
+
+
+def test_gradient_of_a_gathered_weight_stays_in_parts_until_it_is_stored():
+    """ZeRO-3: the compiler may reduce-scatter (the CPU's own lowers even that to an all-reduce, so no test of it)."""
+    with tiny.mesh(fsdp=8) as mesh:
+        w = jax.device_put(
+            np.ones((16, 8), np.float32), jax.sharding.NamedSharding(mesh, sharding.spec("DF", sharding.STORAGE))
+        )
+        x = sharding.put(np.ones((8, 4, 16), np.float32), "BTD")
+
+        def loss(w: jax.Array, x: jax.Array) -> jax.Array:
+            return jnp.sum(sharding.einsum("BTD,DF->BTF", x, sharding.gather(w, "DF", jnp.float32)))
+
+        lowered = jax.jit(jax.grad(loss)).lower(w, x)
+        gradient = lowered.compile()(w, x)
+        assert gradient.sharding.spec == w.sharding.spec
+        np.testing.assert_array_equal(gradient, 32.0)
+        *_, before, after = [line for line in lowered.as_text().splitlines() if "sharding_constraint" in line]
+        assert 'unreduced={"data", "fsdp", "context"}' in before
+        assert "unreduced" not in after
+        assert '[{"fsdp"}, {"tensor"}]' in after
+
+
+def test_misfits_are_named_together():
+    sizes = {"V": 10, "D": 16, "N": 3, "H": 7}
+    with pytest.raises(UserError) as caught:
+        sharding.check_divisible(sizes, tiny.ONE_DEVICE | {"fsdp": 4, "tensor": 2}, sharding.STORAGE)
+    assert "N = 3 is not a multiple of 2 (tensor)" in str(caught.value)
+    assert "V" not in str(caught.value).split("fit:")[1].split("(letters")[0]
+    with pytest.raises(UserError, match=r"B = 6 is not a multiple of 8"):
+        sharding.check_divisible({"B": 6}, tiny.ONE_DEVICE | {"data": 2, "fsdp": 4}, sharding.COMPUTE)
+    sharding.check_divisible(sizes, tiny.ONE_DEVICE, sharding.STORAGE)

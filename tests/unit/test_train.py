@@ -1,0 +1,320 @@
+"""The training run: what it writes, how it resumes, and what it refuses."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from jaxdistill import hf, metrics, optim, train
+from jaxdistill.checkpoint import load_model
+from jaxdistill.data import chat
+from jaxdistill.errors import UserError
+from jaxdistill.sharding import MeshConfig
+from jaxdistill.train import NonFiniteLossError, Phase, TrainConfig
+
+HF = tiny.hf_config("qwen2", vocab_size=264, hidden_size=16, intermediate_size=24, num_hidden_layers=1)
+C = tiny.family("qwen2").config(HF)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with a tokenizer, as a Hugging Face folder."""
+    return tiny.write_folder(tmp_path_factory.mktemp("model") / "hf", HF, tiny.values(C), C, with_tokenizer=True)
+
+
+def write_examples(path: Path, count: int, words: int = 4, **changes: Any) -> Path:
+    """Sums in ChatML."""
+    lines = []
+    for i in range(count):
+        answer = " ".join(str(i + k) for k in range(words + i % 4))
+        messages = [{"role": "user", "content": f"{i}+{i}"}, {"role": "assistant", "content": answer}]
+        lines.append({"id": f"e{i}", "messages": messages, **changes})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_examples(tmp_path_factory.mktemp("data") / "examples.jsonl", 24)
+
+
+def small(workdir: Path, model: Path, examples: Path, **changes: Any) -> TrainConfig:
+    """Six steps on eight devices, saved after each second one."""
+    steps = changes.pop("steps", 6)
+    phase = Phase(name="sft", examples=examples, steps=steps, optim=optim.OptimConfig(peak_lr=1e-2))
+    plain = TrainConfig(
+        workdir=workdir,
+        model=model,
+        phases=(phase,),
+        row_tokens=128,
+        batch_rows=8,
+        mesh=MeshConfig(data=2, fsdp=4),
+        compute_dtype="float32",
+        save_every=2,
+    )
+    return dataclasses.replace(plain, **changes)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, model: Path, examples: Path) -> tuple[TrainConfig, Any]:
+    """Two phases, and what `main` returned."""
+    config = small(tmp_path_factory.mktemp("run"), model, examples, heldout=examples)
+    second = dataclasses.replace(config.phases[0], name="second", steps=None, epochs=1)
+    config = dataclasses.replace(config, phases=(config.phases[0], second))
+    return config, train.main(config)
+
+
+def test_metrics_hold_every_step(trained: tuple[TrainConfig, Any]):
+    config, done = trained
+    rows = metrics.read(config.workdir / "sft")
+    assert [row["step"] for row in rows] == list(range(7))
+    assert rows[0].keys() == {"step", "time", "heldout_loss"}
+    names = {"step", "time", "loss", "grad_norm", "loss_tokens", "learning_rate", "step_s", "tokens_per_s", "mfu"}
+    assert all(row.keys() == names for row in rows[1:-1])
+    assert rows[-1].keys() == names | {"heldout_loss"}
+    schedule = optim.schedule(config.phases[0].optim, 6)
+    assert [row["learning_rate"] for row in rows[1:]] == pytest.approx([float(schedule(i)) for i in range(6)])
+    assert rows[-1]["loss"] < rows[1]["loss"]
+    assert rows[-1]["heldout_loss"] < rows[0]["heldout_loss"]
+    assert all(row["tokens_per_s"] > 0 and row["mfu"] > 0 for row in rows[1:])
+    assert list((config.workdir / "sft" / "tensorboard").iterdir())
+    assert done["sft"]["heldout_loss"] == rows[-1]["heldout_loss"]
+
+
+def test_second_phase_starts_from_the_first(trained: tuple[TrainConfig, Any]):
+    config, _ = trained
+    first, second = (metrics.read(config.workdir / name) for name in ("sft", "second"))
+    assert second[0]["heldout_loss"] == first[-1]["heldout_loss"]
+
+
+def test_manifest_and_phase_folders_stand_by_themselves(trained: tuple[TrainConfig, Any]):
+    config, done = trained
+    manifest = json.loads((config.workdir / "manifest.json").read_text())
+    assert manifest["phases"] == done
+    assert manifest["mfu_formula"] == metrics.MFU_FORMULA
+    phase = done["sft"]
+    assert phase["examples"] == 24
+    assert phase["dropped"] == 0
+    assert done["second"]["steps"] == -(-phase["rows"] // 8)
+    kept = sorted(int(p.name) for p in (config.workdir / "sft" / "checkpoints").iterdir() if p.name.isdigit())
+    assert kept == [4, 6]
+    chat.load_tokenizer(config.workdir / "sft" / "base")
+    with tiny.mesh(tensor=2):  # another mesh than the one that wrote it
+        params, c = load_model(config.workdir / "sft")
+        assert c == C
+        older, _ = load_model(config.workdir / "sft", step=4)
+        assert not np.array_equal(params.embed, older.embed)
+        with pytest.raises(UserError, match=r"no checkpoint of step 3; found \[4, 6\]"):
+            load_model(config.workdir / "sft", step=3)
+
+
+def test_finished_run_is_left_as_it_is(trained: tuple[TrainConfig, Any]):
+    config, done = trained
+    before = metrics.read(config.workdir / "sft")
+    assert train.main(config) == done
+    assert [row.get("loss") for row in metrics.read(config.workdir / "sft")] == [row.get("loss") for row in before]
+
+
+def test_documents_longer_than_a_row_leave_a_receipt(tmp_path: Path, model: Path):
+    path = write_examples(tmp_path / "examples.jsonl", 9)
+    with path.open("a") as lines:
+        messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "1" * 300}]
+        lines.write(json.dumps({"id": "long", "messages": messages}) + "\n")
+    done = train.main(small(tmp_path / "run", model, path, steps=1))
+    assert done["sft"]["dropped"] == 1
+    [receipt] = map(json.loads, (tmp_path / "run" / "sft" / "dropped.jsonl").read_text().splitlines())
+    assert receipt["id"] == "long"
+    assert receipt["reason"] == "longer than a row"
+    assert receipt["tokens"] > receipt["row_tokens"] == 128
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_loss_that_is_not_finite_stops_the_run(
+    what: str, tmp_path: Path, model: Path, examples: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Step 4 goes wrong, where a checkpoint is due; the ones before it must stay the newest."""
+    make_step = train.make_step
+
+    def poisoned(*arguments: Any) -> Any:
+        step, calls = make_step(*arguments), iter(range(1, 100))
+
+        def run(state: Any, batch: Any) -> Any:
+            state, values = step(state, batch)
+            if next(calls) == 4:
+                values |= {{"loss": "loss", "gradient": "grad_norm"}[what]: np.float32("nan")}
+            return state, values
+
+        return run
+
+    monkeypatch.setattr(train, "make_step", poisoned)
+    config = small(tmp_path, model, examples)
+    with pytest.raises(NonFiniteLossError, match="step 4 of sft: .*nan") as caught:
+        train.main(config)
+    assert "e1" in str(caught.value), "the documents of the batch are named"
+    assert "optim.peak_lr" in str(caught.value)
+    assert [row["step"] for row in metrics.read(tmp_path / "sft")] == [1, 2, 3]
+    with tiny.mesh():
+        params, _ = load_model(tmp_path / "sft")
+    assert all(np.isfinite(w).all() for w in jax.tree.leaves(params))
+    assert sorted(p.name for p in (tmp_path / "sft" / "checkpoints").iterdir() if p.name.isdigit()) == ["2"]
+
+
+def test_infinite_weight_of_a_document_is_found(tmp_path: Path, model: Path):
+    """A real one, through the whole step: float32 cannot hold the sum of the weights."""
+    path = write_examples(tmp_path / "examples.jsonl", 8, weight=3e38)
+    with pytest.raises(NonFiniteLossError, match="step 1 of sft: the loss is nan"):
+        train.main(small(tmp_path / "run", model, path))
+
+
+# --- killed and restarted --------------------------------------------------------------------------------------------
+
+STEPS = 14
+CHILD = """
+import os, signal, sys, threading, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import jax
+jax.config.update("jax_platforms", "cpu")
+from jaxdistill import metrics, optim, train
+from jaxdistill.checkpoint import Checkpoints
+workdir, model, examples, at, during = Path(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4]), int(sys.argv[5]), sys.argv[6]
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+write, save = metrics.MetricsLog.write, Checkpoints.save
+def logged(self, step, **values):
+    write(self, step, **values)
+    if during == "step" and step == at:
+        die()
+def watch():
+    while not list((workdir / "sft" / "checkpoints").glob(f"{at}.*tmp*")):  # an unfinished checkpoint
+        time.sleep(0)
+    die()
+def saved(self, step, *arguments):
+    if during == "save" and step == at:
+        threading.Thread(target=watch, daemon=True).start()
+    save(self, step, *arguments)
+    if during == "save" and step == at:
+        time.sleep(60)
+metrics.MetricsLog.write, Checkpoints.save = logged, saved
+phase = train.Phase(name="sft", examples=examples, steps=int(sys.argv[7]), optim=optim.OptimConfig(peak_lr=1e-2))
+train.main(train.TrainConfig(workdir=workdir, model=model, phases=(phase,), row_tokens=128, batch_rows=2, accumulate=2,
+                             compute_dtype="float32", neftune_alpha=5.0, save_every=3, seed=5))
+"""
+
+
+def run_child(workdir: Path, model: Path, examples: Path, at: int, during: str, cache: Path) -> int:
+    """One training process; returns its exit status."""
+    words = [str(Path(__file__).parents[2]), str(workdir), str(model), str(examples), str(at), during, str(STEPS)]
+    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)}
+    environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, *words], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode in (0, -signal.SIGKILL), done.stderr
+    return done.returncode
+
+
+def test_killed_and_restarted_run_gives_the_same_losses(
+    tmp_path: Path, model: Path, examples: Path, tmp_path_factory: pytest.TempPathFactory
+):
+    """SIGKILL before the first checkpoint, between two, and while one is being written; NEFTune noise and all."""
+    cache = tmp_path_factory.mktemp("xla")
+    assert run_child(tmp_path / "whole", model, examples, 0, "never", cache) == 0
+    expected = {row["step"]: row["loss"] for row in metrics.read(tmp_path / "whole" / "sft") if "loss" in row}
+    assert list(expected) == list(range(1, STEPS + 1))
+    assert len(set(expected.values())) == STEPS
+
+    between = int(np.random.default_rng(os.getpid()).integers(4, 6))
+    for at, during in ((2, "step"), (between, "step"), (9, "save"), (13, "step")):
+        assert run_child(tmp_path / "killed", model, examples, at, during, cache) == -signal.SIGKILL, (at, during)
+        if during == "save":
+            left = {path.name for path in (tmp_path / "killed" / "sft" / "checkpoints").iterdir()}
+            assert "9" not in left
+            assert any(name.startswith("9.") for name in left), left
+    assert run_child(tmp_path / "killed", model, examples, 0, "never", cache) == 0
+
+    lines = (tmp_path / "killed" / "sft" / "metrics.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if "loss" in row]
+    assert len(rows) > STEPS, "steps since a checkpoint were taken again"
+    assert {row["step"] for row in rows} == expected.keys()
+    assert [row["loss"] for row in rows] == [expected[row["step"]] for row in rows], "bit for bit"
+    with tiny.mesh():
+        whole, _ = load_model(tmp_path / "whole" / "sft")
+        killed, _ = load_model(tmp_path / "killed" / "sft")
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(killed), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+# --- what is refused before anything is trained ----------------------------------------------------------------------
+
+
+def refused(config: TrainConfig, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        train.main(config)
+    assert not (config.workdir / "sft" / "checkpoints").exists()
+
+
+def test_missing_files(tmp_path: Path, model: Path, examples: Path):
+    refused(small(tmp_path, tmp_path / "nowhere", examples), "config.json not found .there is no such folder")
+    refused(small(tmp_path, model, tmp_path / "nowhere.jsonl"), "no such file: .*nowhere.jsonl")
+    refused(small(tmp_path, model, examples, heldout=tmp_path / "no.jsonl"), "no.jsonl: no such file")
+
+
+def test_file_of_a_later_phase_is_looked_for_first(tmp_path: Path, model: Path, examples: Path):
+    config = small(tmp_path, model, examples)
+    later = dataclasses.replace(config.phases[0], name="later", examples=tmp_path / "nowhere.jsonl")
+    refused(dataclasses.replace(config, phases=(*config.phases, later)), "no such file: .*nowhere.jsonl")
+
+
+def test_malformed_line(tmp_path: Path, model: Path):
+    path = write_examples(tmp_path / "examples.jsonl", 3)
+    path.write_text(path.read_text() + '{"id": "x", "messages"\n')
+    refused(small(tmp_path / "run", model, path), r"examples.jsonl:4: not valid JSON")
+
+
+def test_nothing_fits_a_row(tmp_path: Path, model: Path):
+    path = write_examples(tmp_path / "examples.jsonl", 3, words=200)
+    refused(small(tmp_path / "run", model, path), "none of its 3 examples fits a row of 128 tokens; the shortest has")
+
+
+def test_row_longer_than_the_context(tmp_path: Path, model: Path, examples: Path):
+    refused(small(tmp_path, model, examples, row_tokens=512), "row_tokens is 512, but .* made for 256 positions")
+
+
+def test_mesh_that_does_not_fit(tmp_path: Path, model: Path, examples: Path):
+    refused(small(tmp_path, model, examples, mesh=MeshConfig(data=4)), "needs 4 devices, found 8")
+    refused(small(tmp_path, model, examples, mesh=MeshConfig(tensor=8)), "N = 4 is not a multiple of 8")
+    with pytest.raises(UserError, match="6 rows at a time"):
+        small(tmp_path, model, examples, batch_rows=6)
+
+
+def test_settings_that_make_no_sense(tmp_path: Path, model: Path, examples: Path):
+    with pytest.raises(UserError, match="batch_rows 8 is not a multiple of accumulate 3"):
+        small(tmp_path, model, examples, accumulate=3)
+    with pytest.raises(UserError, match="save_every is 0; expected 1 or more"):
+        small(tmp_path, model, examples, save_every=0)
+    with pytest.raises(UserError, match=r"phases are named \[\]; expected at least one"):
+        small(tmp_path, model, examples, phases=())
+
+
+def test_weights_that_do_not_fit(tmp_path: Path, model: Path, examples: Path):
+    broken = tmp_path / "hf"
+    broken.mkdir()
+    hf.copy_companions(model, broken)
+    (broken / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes())
+    (broken / "config.json").write_text(json.dumps({**HF, "intermediate_size": 32, "num_hidden_layers": 2}))
+    with pytest.raises(UserError) as caught:
+        train.main(small(tmp_path / "run", broken, examples))
+    assert "missing model.layers.1.mlp.up_proj.weight [32, 16]" in str(caught.value)
+    assert "model.layers.0.mlp.down_proj.weight is [16, 24], expected [16, 32]" in str(caught.value)
