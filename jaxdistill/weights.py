@@ -112,13 +112,19 @@ def count(tree: Any) -> int:
     return sum(int(np.prod(w.shape)) for w in jax.tree.leaves(tree, is_leaf=is_declared))
 
 
-def init(tree: Tree, seed: int, dtype: Any = jnp.float32) -> Tree:
-    """Random weights in storage layout, drawn on the host: the same values on every mesh."""
+def init(tree: Tree, seed: int, dtype: Any = jnp.float32, scale: float = 1.0) -> Tree:
+    """Random weights in storage layout, drawn on the host: the same values on every mesh.
+
+    Args:
+      scale: multiplies the declared standard deviations; 0.02 is small for a narrow model.
+    """
     generator = np.random.default_rng(seed)
 
     def make(w: Declared) -> jax.Array:
         values = (
-            generator.normal(w.init.mean, w.init.stddev, w.shape) if w.init.stddev else np.full(w.shape, w.init.mean)
+            generator.normal(w.init.mean, scale * w.init.stddev, w.shape)
+            if w.init.stddev
+            else np.full(w.shape, w.init.mean)
         )
         return jax.device_put(values.astype(dtype), sharding.spec(w.dims, sharding.STORAGE))
 

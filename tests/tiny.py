@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType
 
@@ -19,7 +18,7 @@ from jaxdistill.models.config import Config
 
 # --- meshes ----------------------------------------------------------------------------------------------------------
 
-ONE_DEVICE = dict.fromkeys(sharding.MESH_AXES, 1)
+ONE_DEVICE: dict[str, int] = dict.fromkeys(sharding.MESH_AXES, 1)
 
 
 @contextlib.contextmanager
@@ -90,8 +89,8 @@ def config(model_type: str, **changes: Any) -> Config:
     return family(model_type).config(hf_config(model_type, **changes))
 
 
-def values(c: Config, seed: int = 0) -> decoder.Params:
-    """Weights as numpy arrays: matrices of unit gain, norm scales away from 1, biases away from 0."""
+def values(c: Config, seed: int = 0) -> Any:
+    """Params of numpy arrays: matrices of unit gain, norm scales away from 1, biases away from 0."""
     generator = np.random.default_rng(seed)
 
     def one(w: weights.Declared) -> np.ndarray:
@@ -232,9 +231,3 @@ def assert_trees_close(found: Any, expected: Any, tolerance: float) -> None:
     off = {jax.tree_util.keystr(path): largest_relative_difference(a, b) for (path, a), b in pairs}
     bad = {name: value for name, value in off.items() if not value <= tolerance}
     assert not bad, f"differ by more than {tolerance}: {bad}"
-
-
-@jax.jit
-def float32(tree: Any) -> Any:
-    """Every leaf in float32."""
-    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)

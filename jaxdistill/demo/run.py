@@ -40,8 +40,8 @@ class DemoConfig:
     teacher: str | None = None  # model name at a real API, with a key in OPENAI_API_KEY; None starts the local teacher
     base_url: str = "https://api.openai.com/v1"  # of the real API
     seed: int = 0  # of problems, weights, order and sampling
-    train_problems: int = 6000  # asked of the teacher, over all families
-    reformat_problems: int = 1500  # of those, the ones whose solution is reformatted too
+    train_problems: int = 3200  # asked of the teacher, over all families
+    reformat_problems: int = 1200  # of those, the ones whose solution is reformatted too
     heldout_problems: int = 150  # evaluated
     samples: int = 4  # per held-out problem
     reformatted_epochs: int = 2  # of phase 1
@@ -198,11 +198,12 @@ class Demo:
                     workdir=self.workdir / "evaluate" / name,
                     model=model,
                     task="problems",
+                    prompt="{problem}",  # as the student was trained
                     path=heldout_file,
                     samples=self.config.samples,
                     seed=self.config.seed,
-                    sampling=SamplingConfig(temperature=0.5, max_new_tokens=256),
-                    slots=128,
+                    sampling=SamplingConfig(temperature=0.5, max_new_tokens=160),
+                    slots=200,
                     compute_dtype="float32",
                 )
             )

@@ -37,6 +37,7 @@ class EvaluateConfig:
     path: Path  # the task's problems, a JSON Lines file
     limit: int | None = None  # problems, a fixed random choice; all by default
     limit_seed: int = 0  # of that choice
+    prompt: str | None = None  # template with {problem}; the task's own by default
     samples: int = 1  # per problem
     seed: int = 0  # of the sampling; a request's own seed also depends on problem and sample
     sampling: SamplingConfig = SamplingConfig()
@@ -45,12 +46,19 @@ class EvaluateConfig:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
+        if self.prompt is not None and "{problem}" not in self.prompt:
+            raise UserError(f"prompt is {self.prompt!r}; expected a template with {{problem}}")
         if self.samples < 1 or self.slots < 1:
             raise UserError(f"samples is {self.samples} and slots {self.slots}; expected 1 or more")
 
     def settings(self) -> dict[str, Any]:
         """What a completion's text depends on, apart from problem and seed."""
-        return {**dataclasses.asdict(self.sampling), "compute_dtype": self.compute_dtype, "model": str(self.model)}
+        return {
+            **dataclasses.asdict(self.sampling),
+            "compute_dtype": self.compute_dtype,
+            "model": str(self.model),
+            "prompt": self.prompt,
+        }
 
 
 def main(config: EvaluateConfig) -> Summary:
@@ -59,6 +67,8 @@ def main(config: EvaluateConfig) -> Summary:
     Completions are committed one by one: a run that was killed goes on where it stopped.
     """
     workdir, task = config.workdir, tasks.task(config.task)
+    if config.prompt is not None:
+        task = dataclasses.replace(task, prompt=config.prompt)
     problems = tasks.select(task.problems_from(config.path), config.limit, config.limit_seed)
     manifest.write_config(workdir, config)
     completions = _complete(config, task, problems)

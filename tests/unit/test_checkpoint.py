@@ -1,5 +1,6 @@
 """Checkpoints: what is saved comes back on another mesh, and a folder that is none says so."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -24,7 +25,7 @@ def new_state() -> train.State:
 
 def comparable(state: train.State) -> train.State:
     """On the host, with the key's data in place of the key."""
-    return jax.device_get(state.replace(key=jax.random.key_data(state.key)))
+    return jax.device_get(dataclasses.replace(state, key=jax.random.key_data(state.key)))
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def phase(tmp_path_factory: pytest.TempPathFactory) -> Path:
         state = new_state()
         checkpoints = Checkpoints(folder, keep=2)
         for step in (2, 4, 6):
-            checkpoints.save(step, state.replace(step=state.step + step), {"at": step})
+            checkpoints.save(step, dataclasses.replace(state, step=state.step + step), {"at": step})
         checkpoints.close()
     return folder
 
@@ -55,7 +56,7 @@ def test_state_comes_back_on_any_mesh(phase: Path, sizes: dict[str, int]):
         assert int(state.step) == 6
         assert state.params.embed.sharding.spec == jax.P("tensor", "fsdp")
         assert dict(state.params.embed.sharding.mesh.shape) == tiny.ONE_DEVICE | sizes
-        found, wanted = comparable(state), comparable(expected.replace(step=expected.step + 6))
+        found, wanted = comparable(state), comparable(dataclasses.replace(expected, step=expected.step + 6))
         jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
@@ -80,5 +81,5 @@ def test_phase_without_checkpoints(phase: Path, tmp_path: Path):
 
 
 def test_folder_that_is_no_model(tmp_path: Path):
-    with tiny.mesh(), pytest.raises(UserError, match="config.json not found"):
+    with tiny.mesh(), pytest.raises(UserError, match=r"config.json not found"):
         load_model(tmp_path)

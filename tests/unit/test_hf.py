@@ -134,9 +134,9 @@ def test_unknown_dtype(tmp_path: Path):
 
 
 def test_folder_without_config_or_weights(tmp_path: Path, folder: Path):
-    with pytest.raises(UserError, match="config.json not found .there is no such folder.; expected a Hugging Face"):
+    with pytest.raises(UserError, match=r"config.json not found .there is no such folder.; expected a Hugging Face"):
         load(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="config.json not found .the folder exists."):
+    with pytest.raises(UserError, match=r"config.json not found .the folder exists."):
         load(tmp_path)
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"neither model.safetensors nor model.safetensors.index.json"):
@@ -166,14 +166,14 @@ def test_config_that_cannot_be_read(folder: Path, text: str, message: str):
 def test_files_that_are_broken(folder: Path):
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[:-100])
-    with pytest.raises(UserError, match="not a readable safetensors file .*download it again"):
+    with pytest.raises(UserError, match=r"not a readable safetensors file .*download it again"):
         load(folder)
     index = folder / "model.safetensors.index.json"
     index.write_text("{")
-    with pytest.raises(UserError, match="index.json is not valid JSON"):
+    with pytest.raises(UserError, match=r"index.json is not valid JSON"):
         load(folder)
     index.write_text(json.dumps({"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}))
-    with pytest.raises(UserError, match="names files that are not there: model-00001-of-00002.safetensors"):
+    with pytest.raises(UserError, match=r"names files that are not there: model-00001-of-00002.safetensors"):
         load(folder)
     (folder / "model.safetensors").write_bytes(whole)
     names = [*safetensors.numpy.load(whole), "model.layers.2.mlp.up_proj.weight"]  # a name that the file lacks

@@ -123,6 +123,7 @@ def test_logits_of_a_row_are_never_materialized():
             return train.loss_sum(params, batch, c, jnp.float32, "full", None)
 
         program = jax.jit(jax.value_and_grad(value)).lower(params, tiny.place(rows)).compile().as_text()
+    assert program is not None
     largest = largest_array(program)
     assert 128 * c.vocab <= largest, "the pattern finds the logits of a chunk of 128 tokens"
     assert largest < 256 * c.vocab, "the logits of a row of 256 tokens are never there"

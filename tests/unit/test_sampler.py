@@ -199,9 +199,7 @@ def test_output_ends_where_the_positions_end(greedy: Engine):
 
 
 def test_engine_is_used_again_after_a_generator_was_dropped(drawing: Engine, together: dict[str, Output]):
-    generator = drawing.generate(REQUESTS)
-    next(generator)
-    generator.close()
+    next(iter(drawing.generate(REQUESTS)))
     assert run(drawing, REQUESTS[:2]) == {name: together[name] for name in ("r0", "r1")}
 
 
@@ -224,9 +222,9 @@ def test_requests_that_are_refused(greedy: Engine, request_: Request, message: s
 
 
 def test_engines_that_cannot_be():
-    with tiny.mesh(context=2), pytest.raises(UserError, match="mesh.context is 2, expected 1"):
+    with tiny.mesh(context=2), pytest.raises(UserError, match=r"mesh.context is 2, expected 1"):
         build(GREEDY)
     with tiny.mesh(data=2), pytest.raises(UserError, match="slots is 3; expected a multiple of data x fsdp = 2"):
         build(GREEDY, slots=3)
-    with tiny.mesh(), pytest.raises(UserError, match="300 positions .* made for 256"):
+    with tiny.mesh(), pytest.raises(UserError, match=r"300 positions .* made for 256"):
         Engine(tiny.put(VALUES, C), C, GREEDY, (), slots=1, positions=300)

@@ -21,8 +21,8 @@ from jaxdistill.errors import UserError
 from jaxdistill.sharding import MeshConfig
 from jaxdistill.train import NonFiniteLossError, Phase, TrainConfig
 
-HF = tiny.hf_config("qwen2", vocab_size=264, hidden_size=16, intermediate_size=24, num_hidden_layers=1)
-C = tiny.family("qwen2").config(HF)
+SIZES = {"vocab_size": 264, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+HF, C = tiny.hf_config("qwen2", **SIZES), tiny.config("qwen2", **SIZES)
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +157,7 @@ def test_loss_that_is_not_finite_stops_the_run(
 
     monkeypatch.setattr(train, "make_step", poisoned)
     config = small(tmp_path, model, examples)
-    with pytest.raises(NonFiniteLossError, match="step 4 of sft: .*nan") as caught:
+    with pytest.raises(NonFiniteLossError, match=r"step 4 of sft: .*nan") as caught:
         train.main(config)
     assert "e1" in str(caught.value), "the documents of the batch are named"
     assert "optim.peak_lr" in str(caught.value)
@@ -186,7 +186,8 @@ import jax
 jax.config.update("jax_platforms", "cpu")
 from jaxdistill import metrics, optim, train
 from jaxdistill.checkpoint import Checkpoints
-workdir, model, examples, at, during = Path(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4]), int(sys.argv[5]), sys.argv[6]
+workdir, model, examples = map(Path, sys.argv[2:5])
+at, during = int(sys.argv[5]), sys.argv[6]
 
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
