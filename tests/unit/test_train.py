@@ -21,7 +21,7 @@ from jaxdistill.errors import UserError
 from jaxdistill.sharding import MeshConfig
 from jaxdistill.train import NonFiniteLossError, Phase, TrainConfig
 
-SIZES = {"vocab_size": 264, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+SIZES: dict[str, Any] = {"vocab_size": 264, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
 HF, C = tiny.hf_config("qwen2", **SIZES), tiny.config("qwen2", **SIZES)
 
 
