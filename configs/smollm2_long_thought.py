@@ -10,6 +10,7 @@ from pathlib import Path
 
 from jaxdistill.optim import OptimConfig
 from jaxdistill.train import Phase, TrainConfig
+from jaxdistill.train_step import StepConfig
 
 RUN = Path("runs/real")
 
@@ -30,7 +31,6 @@ def config() -> TrainConfig:
         heldout=RUN / "heldout.jsonl",
         row_tokens=8192,
         batch_rows=1,
-        compute_dtype="float32",  # on these CPUs bfloat16 is no faster
-        remat="matmuls",
+        step=StepConfig(compute_dtype="float32", remat="matmuls"),  # on these CPUs bfloat16 is no faster
         save_every=4,
     )

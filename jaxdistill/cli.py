@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import tyro
 from rich.console import Console
 
-from jaxdistill.errors import UserError
+from jaxdistill.errors import RunError, UserError
 
 
 class Command(NamedTuple):
@@ -82,6 +82,8 @@ def main(arguments: list[str] | None = None) -> None:
         importlib.import_module(command.module).main(config)
     except UserError as error:
         _fail(f"{error}", 2)
+    except RunError as error:
+        _fail(f"{error}", 1)
     except KeyboardInterrupt:
         _fail("interrupted; run the same command again to go on", 1)
 

@@ -1,5 +1,9 @@
-"""The one exception type that means "the user can fix this"; cli.py turns it into one message and exit code 2."""
+"""What ends a command with one message instead of a traceback; cli.py turns them into exit codes 2 and 1."""
 
 
 class UserError(ValueError):
     """A mistake in the input: the message says what was found, what was expected and what to do."""
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on although the input was well-formed: the message says what happened and what to do."""

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from jaxdistill import hf, manifest, sharding
 from jaxdistill.checkpoint import base_of, load_model
-from jaxdistill.errors import UserError
+from jaxdistill.errors import RunError, UserError
 from jaxdistill.models import decoder
 from jaxdistill.models.config import Config
 from jaxdistill.sharding import MeshConfig
@@ -34,7 +34,7 @@ def main(config: ExportConfig) -> float:
 
     Raises:
       UserError: the target would overwrite its own source.
-      RuntimeError: the export does not hold what was trained.
+      RunError: the export does not hold what was trained.
     """
     model, folder = config.model, config.workdir
     if folder.resolve() == base_of(model).resolve():
@@ -61,7 +61,7 @@ def verify(folder: Path, params: decoder.Params, tokens: int) -> float:
       export's dtype.
 
     Raises:
-      RuntimeError: a tensor is not the trained one, rounded once.
+      RunError: a tensor is not the trained one, rounded once.
     """
     reloaded, c = hf.load(folder)
     _, written = hf.read_config(folder)
@@ -69,9 +69,7 @@ def verify(folder: Path, params: decoder.Params, tokens: int) -> float:
     same = jax.tree.map(lambda a, b: bool(jnp.array_equal(a.astype(dtype).astype(b.dtype), b)), params, reloaded)
     wrong = [jax.tree_util.keystr(path) for path, equal in jax.tree_util.tree_leaves_with_path(same) if not equal]
     if wrong:
-        raise RuntimeError(
-            f"{folder}: these weights differ from the checkpoint: {', '.join(wrong)}; do not use the export"
-        )
+        raise RunError(f"{folder}: these weights differ from the checkpoint: {', '.join(wrong)}; do not use the export")
     generator = np.random.default_rng(0)
     mesh = dict(jax.sharding.get_mesh().shape)
     length = -(-min(tokens, c.max_positions) // mesh["context"]) * mesh["context"]

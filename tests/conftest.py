@@ -15,6 +15,16 @@ jax.config.update("jax_platforms", "cpu")  # a pytest plugin may have imported j
 jax.config.update("jax_num_cpu_devices", 8)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full-size", action="store_true", help="soak tests at full size, as `make soak` runs them")
+
+
+@pytest.fixture(scope="session")
+def full_size(request: pytest.FixtureRequest) -> bool:
+    """Whether a soak test is to run at full size rather than shortened."""
+    return bool(request.config.getoption("--full-size"))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder shared/data beside the checkout; tests that need it are skipped where it is absent."""

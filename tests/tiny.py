@@ -231,3 +231,14 @@ def assert_trees_close(found: Any, expected: Any, tolerance: float) -> None:
     off = {jax.tree_util.keystr(path): largest_relative_difference(a, b) for (path, a), b in pairs}
     bad = {name: value for name, value in off.items() if not value <= tolerance}
     assert not bad, f"differ by more than {tolerance}: {bad}"
+
+
+def write_examples(path: Path, count: int, words: int = 4, **changes: Any) -> Path:
+    """Sums in ChatML."""
+    lines = []
+    for i in range(count):
+        answer = " ".join(str(i + k) for k in range(words + i % 4))
+        messages = [{"role": "user", "content": f"{i}+{i}"}, {"role": "assistant", "content": answer}]
+        lines.append({"id": f"e{i}", "messages": messages, **changes})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path

@@ -27,6 +27,7 @@ from jaxdistill.optim import OptimConfig
 from jaxdistill.records import Chain, Example, Problem
 from jaxdistill.report import page
 from jaxdistill.sample.choose import SamplingConfig
+from jaxdistill.train_step import StepConfig
 
 _FAULTS = Faults(rate_limited=0.01, server_error=0.01, truncated=0.03, wrong=0.05)
 _REFORMATTED, _DISTILLED, _ANSWERS = "reformatted", "distilled", "answers_only"
@@ -177,8 +178,7 @@ class Demo:
             phases=phases,
             row_tokens=self.config.row_tokens,
             batch_rows=self.config.batch_rows,
-            compute_dtype="float32",
-            remat="none",
+            step=StepConfig(compute_dtype="float32", remat="none"),
             seed=self.config.seed,
             save_every=200,
         )

@@ -1,6 +1,5 @@
 """Eight simulated devices: every mesh gives the loss, the gradients and the training steps of one device."""
 
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from jaxdistill import loss, optim, sharding, train
+from jaxdistill import loss, optim, sharding, train, train_step
 from jaxdistill.data.packing import Batch
 from jaxdistill.errors import UserError
 from jaxdistill.models import attention, decoder
@@ -55,7 +54,7 @@ def loss_and_gradients(c: Config, remat: decoder.Remat, sizes: dict[str, int]) -
         params, batch = tiny.put(tiny.values(c), c), tiny.place(tiny.packed(LENGTHS, c.vocab, ROWS, T))
 
         def mean(params: decoder.Params, batch: Batch) -> jax.Array:
-            return train.loss_sum(params, batch, c, jnp.float32, remat, None) / jnp.sum(batch.weights)
+            return train_step.loss_sum(params, batch, c, jnp.float32, remat, None) / jnp.sum(batch.weights)
 
         value, gradients = jax.jit(jax.value_and_grad(mean))(params, batch)
         for gradient, weight in zip(jax.tree.leaves(gradients), jax.tree.leaves(params), strict=True):
@@ -104,28 +103,17 @@ def two_steps(
 ) -> tuple[list[float], Any]:
     """Losses of two optimizer steps, and the weights after them."""
     c = architecture("qwen2", 2)
-    nowhere = Path("unused")
     # A large eps: Adam divides by the gradient, and one that is only rounding noise would be blown up to a whole step
-    phase = train.Phase(name="p", examples=nowhere, optim=optim.OptimConfig(peak_lr=1e-2, eps=1e-3, weight_decay=0.1))
-    config = train.TrainConfig(
-        workdir=nowhere,
-        model=nowhere,
-        phases=(phase,),
-        row_tokens=T,
-        batch_rows=ROWS,
-        accumulate=accumulate,
-        mesh=MeshConfig(**sizes),
-        compute_dtype="float32",
-        neftune_alpha=noise,
-    )
+    settings = optim.OptimConfig(peak_lr=1e-2, eps=1e-3, weight_decay=0.1)
+    config = train_step.StepConfig(accumulate=accumulate, compute_dtype="float32", neftune_alpha=noise)
     with tiny.mesh(**sizes):
-        optimizer = optim.make(phase.optim, 2, decoder.template(c))
-        state = train.new_state(tiny.put(tiny.values(c), c), optimizer, seed=1)
-        step = train.make_step(config, c, optimizer)
+        optimizer = optim.make(settings, 2, decoder.template(c))
+        state = train_step.new_state(tiny.put(tiny.values(c), c), optimizer, seed=1)
+        step = train_step.make_step(config, c, optimizer)
         losses = []
         for number in range(2):
             host = tiny.packed(LENGTHS, c.vocab, ROWS, T, seed=number)
-            batch = train.place(jax.tree.map(lambda x: x[row_order], host), accumulate)
+            batch = train_step.place(jax.tree.map(lambda x: x[row_order], host), accumulate)
             state, values = step(state, batch)
             losses.append(float(values["loss"]))
             assert float(values["loss_tokens"]) == host.weights.sum()

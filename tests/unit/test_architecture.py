@@ -16,7 +16,7 @@ PACKAGE = ROOT / "jaxdistill"
 TEXT = (("errors", "records", "manifest", "verify"), ("local_teacher",), ("collect",), ("curate",))
 ARRAYS = (
     ("errors", "records", "manifest", "sharding", "metrics", "runtime", "weights"),
-    ("models", "loss", "optim", "data"),
+    ("models", "loss", "optim", "data", "train_step"),
     ("hf", "checkpoint", "export"),
     ("sample",),
     ("evaluate",),

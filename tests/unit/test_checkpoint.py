@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from jaxdistill import optim, train, weights
+from jaxdistill import optim, train_step, weights
 from jaxdistill.checkpoint import Checkpoints, base_of, keep_base, load_model
 from jaxdistill.errors import UserError
 from jaxdistill.models import decoder
@@ -19,11 +19,11 @@ C = tiny.config("qwen3")
 OPTIMIZER = optim.make(OptimConfig(), 10, decoder.template(C))
 
 
-def new_state() -> train.State:
-    return train.new_state(tiny.put(tiny.values(C), C), OPTIMIZER, seed=7)
+def new_state() -> train_step.State:
+    return train_step.new_state(tiny.put(tiny.values(C), C), OPTIMIZER, seed=7)
 
 
-def comparable(state: train.State) -> train.State:
+def comparable(state: train_step.State) -> train_step.State:
     """On the host, with the key's data in place of the key."""
     return jax.device_get(dataclasses.replace(state, key=jax.random.key_data(state.key)))
 
@@ -46,7 +46,9 @@ def phase(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("sizes", [{"fsdp": 4, "tensor": 2}, {}, {"data": 2, "fsdp": 2}], ids=str)
 def test_state_comes_back_on_any_mesh(phase: Path, sizes: dict[str, int]):
     with tiny.mesh(**sizes):
-        like = jax.eval_shape(lambda p: train.new_state(p, OPTIMIZER, seed=0), weights.abstract(decoder.template(C)))
+        like = jax.eval_shape(
+            lambda p: train_step.new_state(p, OPTIMIZER, seed=0), weights.abstract(decoder.template(C))
+        )
         checkpoints = Checkpoints(phase)
         assert checkpoints.latest_step == 6
         state, position = checkpoints.restore(6, weights.on_mesh(like))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from jaxdistill import loss, sharding, train
+from jaxdistill import loss, sharding, train_step
 from jaxdistill.data.packing import Batch
 
 B, T, D, V = 4, 1024, 16, 64
@@ -120,7 +120,7 @@ def test_logits_of_a_row_are_never_materialized():
         params = tiny.put(host, c)
 
         def value(params: Any, batch: Batch) -> jax.Array:
-            return train.loss_sum(params, batch, c, jnp.float32, "full", None)
+            return train_step.loss_sum(params, batch, c, jnp.float32, "full", None)
 
         program = jax.jit(jax.value_and_grad(value)).lower(params, tiny.place(rows)).compile().as_text()
     assert program is not None

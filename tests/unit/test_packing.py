@@ -9,7 +9,7 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxdistill import train
+from jaxdistill import train_step
 from jaxdistill.data import loader, packing
 from jaxdistill.data.loader import PackedSet
 from jaxdistill.models import decoder
@@ -118,7 +118,7 @@ def model():
         params = tiny.put(tiny.values(c), c)
 
         def loss(params: decoder.Params, batch: packing.Batch):
-            return train.loss_sum(params, batch, c, np.float32, "none", None)
+            return train_step.loss_sum(params, batch, c, np.float32, "none", None)
 
         compiled = jax.jit(jax.value_and_grad(loss))
         yield lambda batch: compiled(params, tiny.place(batch)), c

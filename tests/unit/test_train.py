@@ -2,10 +2,6 @@
 
 import dataclasses
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +16,7 @@ from jaxdistill.data import chat
 from jaxdistill.errors import UserError
 from jaxdistill.sharding import MeshConfig
 from jaxdistill.train import NonFiniteLossError, Phase, TrainConfig
+from jaxdistill.train_step import StepConfig
 
 SIZES: dict[str, Any] = {"vocab_size": 264, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
 HF, C = tiny.hf_config("qwen2", **SIZES), tiny.config("qwen2", **SIZES)
@@ -31,20 +28,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_folder(tmp_path_factory.mktemp("model") / "hf", HF, tiny.values(C), C, with_tokenizer=True)
 
 
-def write_examples(path: Path, count: int, words: int = 4, **changes: Any) -> Path:
-    """Sums in ChatML."""
-    lines = []
-    for i in range(count):
-        answer = " ".join(str(i + k) for k in range(words + i % 4))
-        messages = [{"role": "user", "content": f"{i}+{i}"}, {"role": "assistant", "content": answer}]
-        lines.append({"id": f"e{i}", "messages": messages, **changes})
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
-
-
 @pytest.fixture(scope="module")
 def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_examples(tmp_path_factory.mktemp("data") / "examples.jsonl", 24)
+    return tiny.write_examples(tmp_path_factory.mktemp("data") / "examples.jsonl", 24)
 
 
 def small(workdir: Path, model: Path, examples: Path, **changes: Any) -> TrainConfig:
@@ -58,7 +44,7 @@ def small(workdir: Path, model: Path, examples: Path, **changes: Any) -> TrainCo
         row_tokens=128,
         batch_rows=8,
         mesh=MeshConfig(data=2, fsdp=4),
-        compute_dtype="float32",
+        step=StepConfig(compute_dtype="float32"),
         save_every=2,
     )
     return dataclasses.replace(plain, **changes)
@@ -125,7 +111,7 @@ def test_finished_run_is_left_as_it_is(trained: tuple[TrainConfig, Any]):
 
 
 def test_documents_longer_than_a_row_leave_a_receipt(tmp_path: Path, model: Path):
-    path = write_examples(tmp_path / "examples.jsonl", 9)
+    path = tiny.write_examples(tmp_path / "examples.jsonl", 9)
     with path.open("a") as lines:
         messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "1" * 300}]
         lines.write(json.dumps({"id": "long", "messages": messages}) + "\n")
@@ -170,91 +156,9 @@ def test_loss_that_is_not_finite_stops_the_run(
 
 def test_infinite_weight_of_a_document_is_found(tmp_path: Path, model: Path):
     """A real one, through the whole step: float32 cannot hold the sum of the weights."""
-    path = write_examples(tmp_path / "examples.jsonl", 8, weight=3e38)
+    path = tiny.write_examples(tmp_path / "examples.jsonl", 8, weight=3e38)
     with pytest.raises(NonFiniteLossError, match="step 1 of sft: the loss is nan"):
         train.main(small(tmp_path / "run", model, path))
-
-
-# --- killed and restarted --------------------------------------------------------------------------------------------
-
-STEPS = 14
-CHILD = """
-import os, signal, sys, threading, time
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-import jax
-jax.config.update("jax_platforms", "cpu")
-from jaxdistill import metrics, optim, train
-from jaxdistill.checkpoint import Checkpoints
-workdir, model, examples = map(Path, sys.argv[2:5])
-at, during = int(sys.argv[5]), sys.argv[6]
-
-def die(*_):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-write, save = metrics.MetricsLog.write, Checkpoints.save
-def logged(self, step, **values):
-    write(self, step, **values)
-    if during == "step" and step == at:
-        die()
-def watch():
-    while not list((workdir / "sft" / "checkpoints").glob(f"{at}.*tmp*")):  # an unfinished checkpoint
-        time.sleep(0)
-    die()
-def saved(self, step, *arguments):
-    if during == "save" and step == at:
-        threading.Thread(target=watch, daemon=True).start()
-    save(self, step, *arguments)
-    if during == "save" and step == at:
-        time.sleep(60)
-metrics.MetricsLog.write, Checkpoints.save = logged, saved
-phase = train.Phase(name="sft", examples=examples, steps=int(sys.argv[7]), optim=optim.OptimConfig(peak_lr=1e-2))
-train.main(train.TrainConfig(workdir=workdir, model=model, phases=(phase,), row_tokens=128, batch_rows=2, accumulate=2,
-                             compute_dtype="float32", neftune_alpha=5.0, save_every=3, seed=5))
-"""
-
-
-def run_child(workdir: Path, model: Path, examples: Path, at: int, during: str, cache: Path) -> int:
-    """One training process; returns its exit status."""
-    words = [str(Path(__file__).parents[2]), str(workdir), str(model), str(examples), str(at), during, str(STEPS)]
-    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)}
-    environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, *words], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode in (0, -signal.SIGKILL), done.stderr
-    return done.returncode
-
-
-def test_killed_and_restarted_run_gives_the_same_losses(
-    tmp_path: Path, model: Path, examples: Path, tmp_path_factory: pytest.TempPathFactory
-):
-    """SIGKILL before the first checkpoint, between two, and while one is being written; NEFTune noise and all."""
-    cache = tmp_path_factory.mktemp("xla")
-    assert run_child(tmp_path / "whole", model, examples, 0, "never", cache) == 0
-    expected = {row["step"]: row["loss"] for row in metrics.read(tmp_path / "whole" / "sft") if "loss" in row}
-    assert list(expected) == list(range(1, STEPS + 1))
-    assert len(set(expected.values())) == STEPS
-
-    between = int(np.random.default_rng(os.getpid()).integers(4, 6))
-    for at, during in ((2, "step"), (between, "step"), (9, "save"), (13, "step")):
-        assert run_child(tmp_path / "killed", model, examples, at, during, cache) == -signal.SIGKILL, (at, during)
-        if during == "save":
-            left = {path.name for path in (tmp_path / "killed" / "sft" / "checkpoints").iterdir()}
-            assert "9" not in left
-            assert any(name.startswith("9.") for name in left), left
-    assert run_child(tmp_path / "killed", model, examples, 0, "never", cache) == 0
-
-    lines = (tmp_path / "killed" / "sft" / "metrics.jsonl").read_text().splitlines()
-    rows = [row for row in map(json.loads, lines) if "loss" in row]
-    assert len(rows) > STEPS, "steps since a checkpoint were taken again"
-    assert {row["step"] for row in rows} == expected.keys()
-    assert [row["loss"] for row in rows] == [expected[row["step"]] for row in rows], "bit for bit"
-    with tiny.mesh():
-        whole, _ = load_model(tmp_path / "whole" / "sft")
-        killed, _ = load_model(tmp_path / "killed" / "sft")
-    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(killed), strict=True):
-        np.testing.assert_array_equal(a, b)
 
 
 # --- what is refused before anything is trained ----------------------------------------------------------------------
@@ -279,13 +183,13 @@ def test_file_of_a_later_phase_is_looked_for_first(tmp_path: Path, model: Path, 
 
 
 def test_malformed_line(tmp_path: Path, model: Path):
-    path = write_examples(tmp_path / "examples.jsonl", 3)
+    path = tiny.write_examples(tmp_path / "examples.jsonl", 3)
     path.write_text(path.read_text() + '{"id": "x", "messages"\n')
     refused(small(tmp_path / "run", model, path), r"examples.jsonl:4: not valid JSON")
 
 
 def test_nothing_fits_a_row(tmp_path: Path, model: Path):
-    path = write_examples(tmp_path / "examples.jsonl", 3, words=200)
+    path = tiny.write_examples(tmp_path / "examples.jsonl", 3, words=200)
     refused(small(tmp_path / "run", model, path), "none of its 3 examples fits a row of 128 tokens; the shortest has")
 
 
@@ -300,9 +204,19 @@ def test_mesh_that_does_not_fit(tmp_path: Path, model: Path, examples: Path):
         small(tmp_path, model, examples, batch_rows=6)
 
 
+def test_changed_data_is_not_resumed(tmp_path: Path, model: Path, examples: Path):
+    """The place in the input is a number of rows: with other rows it would mean something else, without a word."""
+    copy = tmp_path / "examples.jsonl"
+    copy.write_text(examples.read_text())
+    train.main(small(tmp_path / "run", model, copy, steps=2))
+    tiny.write_examples(copy, 25)
+    with pytest.raises(UserError, match="trained to step 2 with other values of: examples, seed"):
+        train.main(small(tmp_path / "run", model, copy, steps=4, seed=9))
+
+
 def test_settings_that_make_no_sense(tmp_path: Path, model: Path, examples: Path):
-    with pytest.raises(UserError, match="batch_rows 8 is not a multiple of accumulate 3"):
-        small(tmp_path, model, examples, accumulate=3)
+    with pytest.raises(UserError, match=r"batch_rows 8 is not a multiple of step\.accumulate 3"):
+        small(tmp_path, model, examples, step=StepConfig(accumulate=3))
     with pytest.raises(UserError, match="save_every is 0; expected 1 or more"):
         small(tmp_path, model, examples, save_every=0)
     with pytest.raises(UserError, match=r"phases are named \[\]; expected at least one"):

@@ -1,0 +1,124 @@
+"""One optimizer step on packed rows: the state it carries, its loss, and the accumulation that does not change it."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jaxtyping import Array, Int, PRNGKeyArray
+
+from jaxdistill import sharding
+from jaxdistill.data.packing import Batch
+from jaxdistill.errors import UserError
+from jaxdistill.loss import cross_entropy_sum
+from jaxdistill.models import decoder
+from jaxdistill.models.config import Config
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepConfig:
+    """How a step is computed; apart from the noise and rounding, none of it changes the result."""
+
+    accumulate: int = 1  # pieces a batch is worked off in, to save memory
+    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of activations; weights and moments are float32
+    remat: decoder.Remat = "full"  # what the backward pass finds saved
+    neftune_alpha: float = 0.0  # noise on the embeddings (arXiv 2310.05914); 0 is none
+
+    def __post_init__(self):
+        if self.accumulate < 1:
+            raise UserError(f"step.accumulate is {self.accumulate}; expected 1 or more")
+        if self.neftune_alpha < 0:
+            raise UserError(f"step.neftune_alpha is {self.neftune_alpha}; expected 0 (none) or more")
+
+
+@struct.dataclass
+class State:
+    """All of a run that changes from step to step, apart from its place in the input.
+
+    Leaves are arrays, or what stands in for them while Orbax compares trees: hence no array annotations.
+    """
+
+    step: Any  # int32 []
+    params: decoder.Params
+    opt_state: optax.OptState
+    key: Any  # random key [], split by folding in the step
+
+
+def new_state(params: decoder.Params, optimizer: optax.GradientTransformation, seed: int) -> State:
+    """The state before the first step; every array is on the mesh, replicated where it is not a weight."""
+    step, key = sharding.replicate(jnp.zeros((), jnp.int32)), sharding.replicate(jax.random.key(seed))
+    return State(step=step, params=params, opt_state=jax.jit(optimizer.init)(params), key=key)
+
+
+def loss_sum(params: decoder.Params, batch: Batch, c: Config, dtype: Any, remat: decoder.Remat, noise: Any) -> Array:
+    """Weighted negative log-likelihood of packed rows [B, T], summed over tokens."""
+    x = decoder.hidden(params, batch.tokens, batch.positions, batch.segments, c, dtype, remat, noise)
+    return cross_entropy_sum(x, decoder.head(params), batch.targets, batch.weights)
+
+
+def neftune_noise(key: PRNGKeyArray, lengths: Int[Array, "B T"], alpha: float, c: Config, dtype: Any) -> Any:
+    """Uniform noise of scale alpha / sqrt(document length x D), as in arXiv 2310.05914, section 2."""
+    shape = (*lengths.shape, c.embed)
+    uniform = jax.random.uniform(key, shape, dtype, -1.0, 1.0, out_sharding=sharding.spec("BTD"))
+    return uniform * (alpha * jax.lax.rsqrt(jnp.maximum(lengths, 1) * float(c.embed)))[..., None].astype(dtype)
+
+
+def make_step(
+    config: StepConfig, c: Config, optimizer: optax.GradientTransformation
+) -> Callable[[State, Batch], tuple[State, dict[str, Array]]]:
+    """The jitted training step. Batches are [accumulate, B, T]; the old state's memory is reused.
+
+    The loss is the mean over the global batch's weighted tokens: pieces are summed and divided once.
+    """
+    dtype = jnp.dtype(config.compute_dtype)
+
+    def piece_loss(params: decoder.Params, piece: Batch, key: PRNGKeyArray, total: Array) -> Array:
+        alpha = config.neftune_alpha
+        noise = neftune_noise(key, piece.lengths, alpha, c, dtype) if alpha else None
+        return loss_sum(params, piece, c, dtype, config.remat, noise) / total
+
+    def step(state: State, batch: Batch) -> tuple[State, dict[str, Array]]:
+        total = jnp.maximum(jnp.sum(batch.weights), 1e-6)
+        key = jax.random.fold_in(state.key, state.step)
+
+        def piece(carry: tuple[Array, Any], item: tuple[Batch, Array]) -> tuple[tuple[Array, Any], None]:
+            rows, i = item
+            loss, grads = jax.value_and_grad(piece_loss)(state.params, rows, jax.random.fold_in(key, i), total)
+            return jax.tree.map(jnp.add, carry, (loss, grads)), None
+
+        if config.accumulate == 1:
+            rows = jax.tree.map(lambda a: a[0], batch)
+            loss, grads = jax.value_and_grad(piece_loss)(state.params, rows, key, total)
+        else:
+            zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
+            (loss, grads), _ = jax.lax.scan(piece, zero, (batch, jnp.arange(config.accumulate)))
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)  # type: ignore[arg-type]
+        params: Any = optax.apply_updates(state.params, updates)  # type: ignore[arg-type]
+        new = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state)
+        return new, {"loss": loss, "grad_norm": optax.tree.norm(grads), "loss_tokens": total}
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def make_heldout_loss(config: StepConfig, c: Config) -> Callable[[decoder.Params, Batch], tuple[Array, Array]]:
+    """The jitted (loss sum, weight sum) of one batch [B, T]."""
+    dtype = jnp.dtype(config.compute_dtype)
+
+    def sums(params: decoder.Params, batch: Batch) -> tuple[Array, Array]:
+        return loss_sum(params, batch, c, dtype, "none", None), jnp.sum(batch.weights)
+
+    return jax.jit(sums)
+
+
+def place(batch: Batch, accumulate: int | None = None) -> Batch:
+    """A host batch [rows, T] on the mesh, cut into [accumulate, B, T] if asked."""
+
+    def put(x: Any) -> jax.Array:
+        if accumulate is None:
+            return sharding.put(x, "BT")
+        return sharding.put(x.reshape(accumulate, -1, x.shape[-1]), "ABT")
+
+    return jax.tree.map(put, batch)
