@@ -1,10 +1,12 @@
 """Orbax checkpoints of a training run, and how any command opens a model, whether trained here or downloaded."""
 
+import hashlib
 import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxdistill import hf, sharding, weights
@@ -46,6 +48,17 @@ class Checkpoints:
         self._manager.close()
 
 
+def newest_input(phase: Path) -> tuple[int, dict[str, Any]] | None:
+    """The newest step of a phase's folder and what it holds about the input; None without a checkpoint."""
+    if not (phase / _FOLDER).is_dir():
+        return None
+    with ocp.CheckpointManager((phase / _FOLDER).absolute()) as manager:
+        step = manager.latest_step()
+        if step is None:
+            return None
+        return step, manager.restore(step, args=ocp.args.Composite(input=ocp.args.JsonRestore()))["input"]
+
+
 def keep_base(source: Path, phase: Path) -> None:
     """Copies config and tokenizer of the model trained from into the phase's folder."""
     target = phase / _BASE
@@ -59,26 +72,56 @@ def base_of(model: Path) -> Path:
     return model / _BASE if (model / _FOLDER).is_dir() else model
 
 
-def load_model(model: Path, step: int | None = None) -> tuple[decoder.Params, Config]:
+def fingerprint(model: Path, step: int | None = None) -> str:
+    """Names the weights that `load_model` reads, without reading them; begins with the step where there is one.
+
+    A digest of config.json and of the files' names, sizes and times of change: a copy of a model is another model.
+
+    Raises:
+      UserError: as `load_model`.
+    """
+    base = base_of(model)
+    hf.read_config(base)
+    digest = hashlib.sha256((base / "config.json").read_bytes())
+    if (model / _FOLDER).is_dir():
+        with ocp.CheckpointManager((model / _FOLDER).absolute()) as manager:
+            step = _whole_step(manager, model, step)
+        folder, prefix = model / _FOLDER / str(step), f"step {step} "
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+    else:
+        folder, prefix, files = model, "", sorted(model.glob("*.safetensors"))
+    for path in files:
+        found = path.stat()
+        digest.update(f"{path.relative_to(folder)}\0{found.st_size}\0{found.st_mtime_ns}\n".encode())
+    return f"{prefix}sha256:{digest.hexdigest()}"
+
+
+def _whole_step(manager: ocp.CheckpointManager, model: Path, step: int | None) -> int:
+    steps = manager.all_steps()
+    step = max(steps, default=None) if step is None else step
+    if step is None or step not in steps:
+        wanted = "whole checkpoint" if step is None else f"checkpoint of step {step}"
+        raise UserError(f"{model} has no {wanted}; found {sorted(steps) or 'none'}")
+    return step
+
+
+def load_model(model: Path, step: int | None = None, dtype: Any = np.float32) -> tuple[decoder.Params, Config]:
     """Weights in storage layout on the current mesh, from a Hugging Face folder or a training phase's folder.
 
     Args:
       step: of a training phase; the newest by default.
+      dtype: of the weights in memory.
 
     Raises:
       UserError: the path is neither, or the phase has no such checkpoint.
     """
     if not (model / _FOLDER).is_dir():
-        return hf.load(model)
+        return hf.load(model, dtype)
     config, _ = hf.read_config(base_of(model))
     with ocp.CheckpointManager((model / _FOLDER).absolute()) as manager:
-        steps = manager.all_steps()
-        step = max(steps, default=None) if step is None else step
-        if step not in steps:
-            wanted = "whole checkpoint" if step is None else f"checkpoint of step {step}"
-            raise UserError(f"{model} has no {wanted}; found {sorted(steps) or 'none'}")
+        step = _whole_step(manager, model, step)
         sharding.check_divisible(config.sizes(), dict(jax.sharding.get_mesh().shape), sharding.STORAGE)
-        wanted = {"params": weights.abstract(decoder.template(config))}
+        wanted = {"params": weights.abstract(decoder.template(config), dtype)}
         layouts = ocp.checkpoint_utils.construct_restore_args(wanted)
         items = ocp.args.Composite(state=ocp.args.PyTreeRestore(wanted, restore_args=layouts, partial_restore=True))
         params = manager.restore(step, args=items)["state"]["params"]

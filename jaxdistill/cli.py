@@ -1,14 +1,18 @@
 """`jaxdistill COMMAND [RECIPE.py] [--field.sub value ...]`: the commands, and how a recipe becomes a config."""
 
+import errno
 import importlib
 import runpy
 import sys
+import traceback
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import tyro
 from rich.console import Console
+from rich.text import Text
 
+from jaxdistill import manifest
 from jaxdistill.errors import RunError, UserError
 
 
@@ -44,7 +48,7 @@ def load(command: Command, arguments: list[str], name: str) -> Any:
     """The configuration that a recipe and the overrides after it describe.
 
     Raises:
-      UserError: there is no such recipe, or it does not return this command's configuration.
+      UserError: there is no such recipe, it fails, or it does not return this command's configuration.
     """
     kind = getattr(importlib.import_module(command.module), command.config)
     program = f"jaxdistill {name}"
@@ -53,8 +57,7 @@ def load(command: Command, arguments: list[str], name: str) -> Any:
     path, *overrides = arguments
     if not Path(path).is_file():
         raise UserError(f"{path}: no such recipe; expected a .py file with a function config(), as in configs/")
-    make = runpy.run_path(path).get("config")
-    default = make() if callable(make) else None
+    default = _run_recipe(path)
     if not isinstance(default, kind):
         raise UserError(
             f"{path}: config() gives {type(default).__name__}, but `{program}` takes {command.config}; "
@@ -64,12 +67,29 @@ def load(command: Command, arguments: list[str], name: str) -> Any:
     return tyro.cli(kind, default=default, args=overrides, prog=f"{program} {path}", config=flags)
 
 
+def _run_recipe(path: str) -> Any:
+    """What config() of a recipe returns, None where it has none; its errors become one line that says where."""
+    try:
+        make = runpy.run_path(path).get("config")
+        return make() if callable(make) else None
+    except (UserError, RunError):
+        raise
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        what = str(error)
+        if isinstance(error, SyntaxError) and error.filename == path:
+            lines, what = [error.lineno], error.msg
+        where = f"{path}:{lines[-1]}" if lines and lines[-1] else path
+        raise UserError(f"{where}: the recipe fails with {type(error).__name__}: {what}; mend this line") from error
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command. Exit codes: 0 done, 1 failed, 2 the user's mistake."""
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help"):
         print(_USAGE + "\n".join(f"  {name:10} {command.summary}" for name, command in COMMANDS.items()))
         return
+    config = None
     try:
         if name not in COMMANDS:
             raise UserError(f"no command {name!r}; expected one of {', '.join(COMMANDS)}")
@@ -79,19 +99,37 @@ def main(arguments: list[str] | None = None) -> None:
             from jaxdistill import runtime  # imports jax, which the other commands do without
 
             runtime.start()
-        importlib.import_module(command.module).main(config)
+        with manifest.held(config.workdir):
+            importlib.import_module(command.module).main(config)
     except UserError as error:
         _fail(f"{error}", 2)
     except RunError as error:
         _fail(f"{error}", 1)
+    except OSError as error:
+        message, code = _explain(error, getattr(config, "workdir", None))
+        if not message:
+            raise
+        _fail(message, code)
     except KeyboardInterrupt:
         _fail("interrupted; run the same command again to go on", 1)
 
 
 def _fail(message: str, code: int) -> None:
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/bold red] {_plain(message)}")
+    text = Text.assemble(("error:", "bold red"), " ", message)  # not markup: rich would take [B, T] for a style
+    Console(stderr=True, highlight=False, soft_wrap=True).print(text)
     raise SystemExit(code)
 
 
-def _plain(message: str) -> str:
-    return message.replace("[", "\\[")  # rich would take [B, T] for a style
+def _explain(error: OSError, workdir: Path | None) -> tuple[str, int]:
+    """Message and exit code for what users can mend in their file system; an empty message for all else."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        place = error.filename or workdir or "the run folder"  # a failed write does not name its file
+        return f"the disk is full: free space at {place} and run the same command again; what was written is kept", 1
+    remedies = {
+        FileExistsError: "there is a file where a folder is needed; move it away or choose another workdir",
+        NotADirectoryError: "a part of this path is a file, not a folder; move it away or choose another workdir",
+        IsADirectoryError: "there is a folder where a file is needed; move it away or choose another path",
+        PermissionError: "permission denied; give this user access to it or choose another path",
+    }
+    remedy = remedies.get(type(error))
+    return (f"{error.filename}: {remedy}", 2) if remedy and error.filename else ("", 1)

@@ -1,6 +1,7 @@
 """Checkpoint -> Hugging Face folder, reloaded and compared before it is called done."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import jax
@@ -10,7 +11,8 @@ from jaxtyping import Array, Int
 from rich.console import Console
 
 from jaxdistill import hf, manifest, sharding
-from jaxdistill.checkpoint import base_of, load_model
+from jaxdistill.checkpoint import base_of, fingerprint, load_model
+from jaxdistill.data import chat
 from jaxdistill.errors import RunError, UserError
 from jaxdistill.models import decoder
 from jaxdistill.models.config import Config
@@ -21,7 +23,7 @@ from jaxdistill.sharding import MeshConfig
 class ExportConfig:
     """A checkpoint to be written as a Hugging Face folder."""
 
-    workdir: Path  # the folder to write
+    workdir: Path  # the folder to write: new, empty, or an earlier export
     model: Path  # a phase folder of a training run, or a Hugging Face folder
     step: int | None = None  # checkpoint of the phase; the newest by default
     dtype: str | None = None  # of the tensors, "float32" or "bfloat16"; by default as in the model trained from
@@ -33,24 +35,42 @@ def main(config: ExportConfig) -> float:
     """Exports and verifies; returns the largest logit difference over the largest logit.
 
     Raises:
-      UserError: the target would overwrite its own source.
+      UserError: the target would overwrite its own source, or a folder that is no export.
       RunError: the export does not hold what was trained.
     """
     model, folder = config.model, config.workdir
     if folder.resolve() == base_of(model).resolve():
         raise UserError(f"workdir is {folder}, the folder that the model comes from; export to another one")
-    console = Console(stderr=True)
+    _check_target(folder)
+    facts = {"settings": dataclasses.asdict(config), "model": fingerprint(model, config.step)}
+    inputs = [base_of(model) / "config.json"]
     with jax.set_mesh(config.mesh.build()):
         params, _ = load_model(model, config.step)
+        # Before the first file: an export that is cut off may be repeated, and is not taken for a verified one
+        manifest.write_manifest(folder, "export", inputs, {}, verified=False, **facts)
         hf.save(folder, params, hf.read_config(base_of(model))[1], config.dtype)
         hf.copy_companions(base_of(model), folder)
+        hf.write_end_tokens(folder, chat.end_tokens(chat.load_tokenizer(folder), folder))
         error = verify(folder, params, config.verify_tokens)
     files = [p for p in folder.iterdir() if p.name != "manifest.json"]
-    manifest.write_manifest(
-        folder, "export", [base_of(model) / "config.json"], {"files": len(files)}, logit_error=error
-    )
+    manifest.write_manifest(folder, "export", inputs, {"files": len(files)}, verified=True, logit_error=error, **facts)
+    console = Console(stderr=True, markup=False)
     console.print(f"exported {model} to {folder}; reloaded: tensors equal, logits within {error:.1e} of the largest")
     return error
+
+
+def _check_target(folder: Path) -> None:
+    """Refuses to write among files that no export wrote."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    try:
+        earlier = json.loads((folder / "manifest.json").read_bytes())
+    except (OSError, ValueError):
+        earlier = None
+    if not isinstance(earlier, dict) or earlier.get("command") != "export":
+        raise UserError(
+            f"workdir {folder} holds files that no export wrote; name a new folder, or remove what is there"
+        )
 
 
 def verify(folder: Path, params: decoder.Params, tokens: int) -> float:

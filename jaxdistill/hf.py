@@ -3,7 +3,7 @@
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +217,16 @@ _COMPANIONS = (
     "merges.txt",
     "chat_template*",
 )
+
+
+def write_end_tokens(folder: Path, ids: Sequence[int]) -> None:
+    """Puts every end token into generation_config.json: transformers and servers stop on these, not on the template's.
+
+    A base model's own file names its document end alone, and generation would run past each answer it was taught.
+    """
+    path = folder / "generation_config.json"
+    values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    path.write_text(json.dumps({**values, "eos_token_id": list(ids)}, indent=2) + "\n", encoding="utf-8")
 
 
 def copy_companions(source: Path, folder: Path) -> None:

@@ -1,16 +1,20 @@
 """What every command leaves in its run folder: config.json, and manifest.json with inputs, versions, commit, counts."""
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxdistill.errors import UserError
 from jaxdistill.records import SCHEMA
 
 _PACKAGES = (
@@ -45,6 +49,48 @@ def commit() -> str:
 
 def _git(folder: Path, *words: str) -> str:
     return subprocess.run(["git", *words], cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
+
+
+@contextlib.contextmanager
+def held(workdir: Path) -> Iterator[None]:
+    """Holds a run folder for this process: two writers would mix their files.
+
+    Raises:
+      UserError: another process holds it.
+    """
+    made = not workdir.exists()
+    workdir.mkdir(parents=True, exist_ok=True)
+    handle = os.open(workdir, os.O_RDONLY)  # the folder itself is locked: no file to leave behind
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{workdir} is in use by another process; wait for it, or choose another workdir") from None
+        yield
+    finally:
+        os.close(handle)
+        if made and not any(workdir.iterdir()):
+            workdir.rmdir()  # a command that was refused leaves nothing
+
+
+class History:
+    """Seconds worked and commits used on a run folder, over all calls that worked on it (`history.json`)."""
+
+    def __init__(self, workdir: Path):
+        self._path = workdir / "history.json"
+        earlier = json.loads(self._path.read_text(encoding="utf-8")) if self._path.is_file() else {}
+        self._seconds: float = earlier.get("wall_s", 0.0)
+        self.commits: list[str] = list(dict.fromkeys([*earlier.get("commits", []), commit()]))
+        self._started = time.monotonic()
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds so far."""
+        return self._seconds + time.monotonic() - self._started
+
+    def keep(self) -> None:
+        """Writes it down."""
+        write_json(self._path, {"wall_s": round(self.wall_s, 1), "commits": self.commits})
 
 
 def versions() -> dict[str, str]:

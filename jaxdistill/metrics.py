@@ -9,8 +9,18 @@ import jax
 import jax.numpy as jnp
 import tensorboardX
 
-# Dense bfloat16 peaks in FLOP/s, from the makers' data sheets, by a part of JAX's device_kind
-_PEAKS = {"H100": 989.5e12, "H200": 989.5e12, "A100": 312e12, "v5p": 459e12, "v5 lite": 197e12, "v6 lite": 918e12}
+# Dense bfloat16 peaks in FLOP/s, from the makers' data sheets, by a part of JAX's device_kind;
+# the first that fits counts: JAX calls a v5p "TPU v5" and a v5e "TPU v5 lite"
+_PEAKS = {
+    "H100": 989.5e12,
+    "H200": 989.5e12,
+    "A100": 312e12,
+    "v5 lite": 197e12,
+    "v5e": 197e12,
+    "v5": 459e12,
+    "v6": 918e12,
+    "v4": 275e12,
+}
 
 MFU_FORMULA = (
     "MFU = FLOPs per token x tokens/s / (devices x peak); "

@@ -17,36 +17,40 @@ MeshAxes = str | tuple[str, ...] | None
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices per mesh axis; the product is the number of devices used."""
+    """Devices per mesh axis; together they use every device of the job."""
 
-    data: int = 1  # replicas of the weights; the batch is split
+    data: int | None = None  # replicas of the weights, the batch is split; by default what the other axes leave
     fsdp: int = 1  # weights and batch are split (ZeRO-3)
     context: int = 1  # the positions of a row are split
     tensor: int = 1  # heads, mlp and vocabulary are split (Megatron)
 
     def __post_init__(self):
         for axis in MESH_AXES:
-            if getattr(self, axis) < 1:
-                raise UserError(f"mesh.{axis} is {getattr(self, axis)}; expected 1 or more")
+            size = getattr(self, axis)
+            if size is not None and size < 1:
+                raise UserError(f"mesh.{axis} is {size}; expected 1 or more")
 
     def sizes(self) -> dict[str, int]:
-        """Devices by axis name, in mesh order."""
-        return {axis: getattr(self, axis) for axis in MESH_AXES}
-
-    def build(self) -> jax.sharding.Mesh:
-        """Makes the mesh, with explicit axis types, over all devices of the job.
+        """Devices by axis name, in mesh order.
 
         Raises:
           UserError: the sizes do not multiply to the number of devices.
         """
-        need, have = math.prod(self.sizes().values()), jax.device_count()
-        if need != have:
-            shape = " x ".join(f"{axis} {size}" for axis, size in self.sizes().items())
+        have, others = jax.device_count(), self.fsdp * self.context * self.tensor
+        data = max(1, have // others) if self.data is None else self.data
+        sizes = {"data": data, "fsdp": self.fsdp, "context": self.context, "tensor": self.tensor}
+        if data * others != have:
+            shape = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
             raise UserError(
-                f"the mesh {shape} needs {need} devices, found {have} ({jax.devices()[0].device_kind}); "
+                f"the mesh {shape} needs {data * others} devices, found {have} ({jax.devices()[0].device_kind}); "
                 f"set mesh.data, mesh.fsdp, mesh.context and mesh.tensor so that their product is {have}"
             )
-        return jax.make_mesh(tuple(self.sizes().values()), MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
+        return sizes
+
+    def build(self) -> jax.sharding.Mesh:
+        """Makes the mesh, with explicit axis types, over all devices of the job. Raises as `sizes`."""
+        shape = tuple(self.sizes().values())
+        return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
 
 
 # A letter that is absent from a table is replicated.

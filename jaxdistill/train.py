@@ -1,8 +1,9 @@
-"""Supervised fine-tuning in phases: the step, and the loop around it that logs, saves and resumes."""
+"""Supervised fine-tuning in phases: the loop around the step that logs, saves and resumes."""
 
 import dataclasses
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jaxdistill import hf, manifest, metrics, optim, sharding, weights
-from jaxdistill.checkpoint import Checkpoints, base_of, keep_base, load_model
+from jaxdistill.checkpoint import Checkpoints, base_of, keep_base, load_model, newest_input
 from jaxdistill.data import chat, loader
 from jaxdistill.errors import RunError, UserError
 from jaxdistill.models import decoder
 from jaxdistill.optim import OptimConfig
 from jaxdistill.sharding import MeshConfig
 from jaxdistill.train_step import State, StepConfig, make_heldout_loss, make_step, new_state, place
+
+_ESTIMATE_S = 3600.0  # seconds of steps that the time left is estimated from; rich's 30 hold not one long step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,12 @@ class Phase:
     epochs: int = 1  # passes over the packed rows
     steps: int | None = None  # optimizer steps, instead of epochs
     optim: OptimConfig = OptimConfig()
+
+    def __post_init__(self):
+        if not self.name or "/" in self.name or self.name.startswith("."):
+            raise UserError(f"a phase is named {self.name!r}; expected a name that can be a folder")
+        if self.epochs < 1 or (self.steps is not None and self.steps < 1):
+            raise UserError(f"phase {self.name}: epochs is {self.epochs} and steps {self.steps}; expected 1 or more")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,18 +70,18 @@ class TrainConfig:
                 raise UserError(f"{name} is {getattr(self, name)}; expected 1 or more")
         if self.batch_rows % self.step.accumulate:
             raise UserError(f"batch_rows {self.batch_rows} is not a multiple of step.accumulate {self.step.accumulate}")
-        check_mesh_rows(self.mesh, self.batch_rows // self.step.accumulate, self.row_tokens)
 
 
-def check_mesh_rows(mesh: MeshConfig, rows: int, row_tokens: int) -> None:
-    """Refuses rows that the mesh cannot split evenly."""
-    if rows % (mesh.data * mesh.fsdp):
+def check_mesh_rows(mesh: Mapping[str, int], rows: int, row_tokens: int) -> None:
+    """Refuses rows that a mesh of these sizes cannot split evenly."""
+    ways = mesh["data"] * mesh["fsdp"]
+    if rows % ways:
         raise UserError(
-            f"{rows} rows at a time (batch_rows / step.accumulate) do not split over data {mesh.data} x fsdp "
-            f"{mesh.fsdp}; make them a multiple of {mesh.data * mesh.fsdp}"
+            f"{rows} rows at a time (batch_rows / step.accumulate) do not split over data {mesh['data']} x fsdp "
+            f"{mesh['fsdp']}; make them a multiple of {ways}"
         )
-    if row_tokens % mesh.context:
-        raise UserError(f"row_tokens {row_tokens} is not a multiple of mesh.context {mesh.context}")
+    if row_tokens % mesh["context"]:
+        raise UserError(f"row_tokens {row_tokens} is not a multiple of mesh.context {mesh['context']}")
 
 
 class NonFiniteLossError(RunError):
@@ -98,8 +107,10 @@ class Run:
                 f"row_tokens is {config.row_tokens}, but {config.model} was made for {self.c.max_positions} positions "
                 "(max_position_embeddings); use shorter rows"
             )
+        mesh = dict(jax.sharding.get_mesh().shape)
+        check_mesh_rows(mesh, config.batch_rows // config.step.accumulate, config.row_tokens)
         self.template = decoder.template(self.c)
-        sharding.check_divisible(self.c.sizes(), config.mesh.sizes(), sharding.STORAGE)
+        sharding.check_divisible(self.c.sizes(), mesh, sharding.STORAGE)
         self.tokenizer = chat.load_tokenizer(self.base)
         self.console = console or Console(stderr=True)
         self.peak, self.peak_source = metrics.peak_flops(jnp.dtype(config.step.compute_dtype))
@@ -115,33 +126,38 @@ class Run:
     def all_phases(self) -> dict[str, Any]:
         """Runs what is left of each phase in turn."""
         config = self.config
-        manifest.write_config(self.workdir, config)
-        model, done = config.model, {}
+        model, parent, done = config.model, "the model", {}
         for phase in config.phases:
-            done[phase.name] = self.one_phase(phase, model)
-            model = self.workdir / phase.name
-        inputs = [self.base / "config.json", *(p.examples for p in config.phases)]
+            done[phase.name] = self.one_phase(phase, model, parent)
+            model, parent = self.workdir / phase.name, f"{phase.name}, step {done[phase.name]['steps']}"
+        heldout = [config.heldout] if config.heldout else []
+        inputs = [self.base / "config.json", *(p.examples for p in config.phases), *heldout]
         manifest.write_manifest(
             self.workdir, "train", inputs, {}, phases=done, mfu_formula=metrics.MFU_FORMULA, peak=self.peak_source
         )
         return done
 
-    def one_phase(self, phase: Phase, model: Path) -> dict[str, Any]:
+    def one_phase(self, phase: Phase, model: Path, parent: str) -> dict[str, Any]:
         """Trains one phase from `model` to its last step, or from its newest checkpoint."""
         config, folder = self.config, self.workdir / phase.name
         rows = self._prepare(phase.examples)
-        loader.write_receipts(folder / "dropped.jsonl", rows.dropped)
         steps = phase.steps or math.ceil(len(rows) * phase.epochs / config.batch_rows)
         epochs = math.ceil(steps * config.batch_rows / len(rows))
+        origin = self._origin(rows, steps, parent)
+        self._check_earlier(folder, origin)
+        manifest.write_config(self.workdir, config)
+        loader.write_receipts(folder / "dropped.jsonl", rows.dropped)
+        if self.heldout is not None:
+            loader.write_receipts(folder / "heldout_dropped.jsonl", self.heldout.dropped)
         optimizer = optim.make(phase.optim, steps, self.template)
         keep_base(self.base, folder)
         checkpoints = Checkpoints(folder, config.keep)
         batches = loader.batches(rows, config.batch_rows, epochs, config.seed)
         log = metrics.MetricsLog(folder)
         try:
-            state = self._start(checkpoints, optimizer, batches, phase, model, log)
+            state = self._start(checkpoints, optimizer, batches, model, log)
             self._describe(phase, rows, steps, int(state.step))
-            state = self._loop(state, steps, optimizer, batches, checkpoints, log, rows, phase)
+            state = self._loop(state, steps, optimizer, batches, checkpoints, log, rows, phase, origin)
             heldout = self._log_heldout(steps, state.params, log)
         finally:
             checkpoints.close()
@@ -161,7 +177,6 @@ class Run:
         checkpoints: Checkpoints,
         optimizer: optax.GradientTransformation,
         batches: grain.DatasetIterator,
-        phase: Phase,
         model: Path,
         log: metrics.MetricsLog,
     ) -> State:
@@ -175,21 +190,29 @@ class Run:
         like = weights.abstract(self.template)
         abstract = jax.eval_shape(lambda p: new_state(p, optimizer, self.config.seed), like)
         state, stored = checkpoints.restore(newest, weights.on_mesh(abstract))
-        changed = [name for name, value in self._order(phase).items() if stored["order"].get(name) != value]
-        if changed:
-            raise UserError(
-                f"{self.workdir / phase.name} was trained to step {newest} with other values of: {', '.join(changed)}; "
-                "its place in the data means nothing with these. Restore them, or use another workdir"
-            )
         batches.set_state(stored["position"])
         self.console.print(f"resumed from step {newest}")
         return state
 
-    def _order(self, phase: Phase) -> dict[str, Any]:
-        """All that decides which rows a step sees."""
+    def _origin(self, rows: loader.PackedSet, steps: int, parent: str) -> dict[str, Any]:
+        """What a checkpoint stands on: the rows in their order, the schedule's length, and the weights before."""
         c = self.config
-        order = {"row_tokens": c.row_tokens, "batch_rows": c.batch_rows, "seed": c.seed}
-        return {"examples": manifest.file_hash(phase.examples), **order}
+        architecture = manifest.file_hash(self.base / "config.json")
+        order = {"batch_rows": c.batch_rows, "seed": c.seed, "steps": steps}
+        return {"data": rows.fingerprint(), "config.json": architecture, "parent": parent, **order}
+
+    def _check_earlier(self, folder: Path, origin: Mapping[str, Any]) -> None:
+        """Refuses to go on from a checkpoint of other data or another model, before anything is written."""
+        found = newest_input(folder)
+        if found is None:
+            return
+        step, stored = found
+        changed = [name for name, value in origin.items() if stored["origin"].get(name) != value]
+        if changed:
+            raise UserError(
+                f"{folder} was trained to step {step} with another value of: {', '.join(changed)}; going on would mix "
+                "the two without a word. Restore it, or use another workdir (with this phase as its model to go on)"
+            )
 
     def _describe(self, phase: Phase, rows: loader.PackedSet, steps: int, start: int) -> None:
         self.console.print(
@@ -209,6 +232,7 @@ class Run:
         log: metrics.MetricsLog,
         rows: loader.PackedSet,
         phase: Phase,
+        origin: Mapping[str, Any],
     ) -> State:
         """Steps to the end; the metrics of a step are read while the next one runs."""
         config = self.config
@@ -247,9 +271,14 @@ class Run:
                 note=f"loss {numbers['loss']:.4f}  {rate:,.0f} tok/s  {seconds:.2f} s/step  MFU {mfu:.1%}",
             )
 
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}  {task.fields[note]}"),
+            TimeRemainingColumn(),
+        )
         start = int(state.step)
-        with Progress(*columns, TextColumn("{task.fields[note]}"), TimeRemainingColumn(), console=self.console) as bar:
+        with Progress(*columns, console=self.console, speed_estimate_period=_ESTIMATE_S) as bar:
             task = bar.add_task(phase.name, total=steps, completed=start, note="compiling")
             for number in range(start + 1, steps + 1):
                 batch, ids = next(batches)
@@ -258,7 +287,7 @@ class Run:
                 waiting = (number, values, int(np.count_nonzero(batch.segments)), ids)
                 if number % config.save_every == 0 or number == steps:
                     settle()  # a state is saved only after its loss was seen to be finite
-                    checkpoints.save(number, state, {"position": batches.get_state(), "order": self._order(phase)})
+                    checkpoints.save(number, state, {"position": batches.get_state(), "origin": origin})
         return state
 
     def _log_heldout(self, step: int, params: decoder.Params, log: metrics.MetricsLog) -> float | None:
@@ -270,6 +299,8 @@ class Run:
         for batch, _ in loader.batches(self.heldout, rows, epochs=1, seed=0):
             loss, tokens = self.heldout_loss(params, place(batch))
             total, weight = total + float(loss), weight + float(tokens)
+        if not weight:
+            raise UserError(f"{self.config.heldout}: every example that fits a row has weight 0; expected some above")
         log.write(step, heldout_loss=total / weight)
         self.console.print(f"held-out loss at step {step}: {total / weight:.4f} nats/token")
         return total / weight

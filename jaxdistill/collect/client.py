@@ -15,6 +15,7 @@ from typing import Any, Literal
 import openai
 
 from jaxdistill.collect.ledger import Failure, Ledger, Request, Response
+from jaxdistill.collect.reply import UnreadableReply, read_reply
 from jaxdistill.errors import UserError
 from jaxdistill.records import Message
 
@@ -160,13 +161,14 @@ class Client:
                 messages=[dict(m) for m in request.messages],  # pyright: ignore[reportArgumentType]
                 extra_body=dict(request.parameters),
             )
-            body, request_id = raw.content, raw.headers.get("x-request-id", "")
-            return Response(raw=self._without_key(body), request_id=request_id, received=time.time())
+            return self._accept(raw.content, raw.headers)
+        except UnicodeEncodeError as error:
+            return Failure(detail=f"the text cannot be sent as UTF-8: {error.reason}", permanent=True)
         except openai.APIStatusError as error:
             status, headers, body = error.status_code, error.response.headers, error.response.content
         except openai.APIConnectionError as error:  # time-outs too
             return f"no connection: {error} ({type(error.__cause__).__name__})", None
-        what = f"HTTP {status}: {self._without_key(body[:500]).decode(errors='replace')}"
+        what = f"HTTP {status}: {self._excerpt(body)}"
         if status in _STOPS:
             raise UserError(
                 f"HTTP {status} from {self.config.base_url}: {_STOPS[status].format(key=self.config.api_key_env)}"
@@ -178,6 +180,18 @@ class Client:
         if status in _RETRIED or status >= 500:
             return what, retry_after_s(headers, time.time())
         return Failure(detail=what, permanent=True)
+
+    def _accept(self, body: bytes, headers: Mapping[str, str]) -> Response | tuple[str, float | None]:
+        """An HTTP 200; a proxy's page, or an error that calls itself a success, is no answer: try again."""
+        body = self._without_key(body)
+        try:
+            read_reply(body)
+        except UnreadableReply as error:
+            return f"HTTP 200, but {error}: {self._excerpt(body)}", retry_after_s(headers, time.time())
+        return Response(raw=body, request_id=headers.get("x-request-id", ""), received=time.time())
+
+    def _excerpt(self, body: bytes) -> str:
+        return self._without_key(body)[:500].decode(errors="replace")  # cut last: half a key is a secret too
 
     def _without_key(self, text: bytes) -> bytes:
         return text.replace(self._key.encode(), b"[key]") if len(self._key) >= 8 else text
@@ -230,5 +244,5 @@ async def fulfil(
                 for key, request in requests.items():
                     if key in pending:
                         tasks.create_task(one(client, key, request))
-        except* UserError as errors:
+        except* (UserError, OSError) as errors:  # OSError: the ledger's disk is full
             raise errors.exceptions[0] from None

@@ -2,9 +2,11 @@
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import json
+import os
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -77,7 +79,7 @@ class Failure:
     """Why there is no answer."""
 
     detail: str
-    permanent: bool  # the server refused this request; asking again would change nothing
+    permanent: bool  # the server refused this request, or it cannot be sent; asking again would change nothing
     attempts: int = 1
 
 
@@ -91,6 +93,7 @@ class Ledger:
     """
 
     def __init__(self, path: Path):
+        self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = path.with_name(path.name + ".lock").open("w")
         try:
@@ -105,6 +108,7 @@ class Ledger:
             self._database.executescript(_SCHEMA)
         except sqlite3.DatabaseError as error:
             self.close()
+            _raise_if_full(error, path)
             raise UserError(f"{path} is not a usable ledger ({error}); move it away to start afresh") from None
 
     def __enter__(self) -> "Ledger":
@@ -120,21 +124,26 @@ class Ledger:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
-        self._database.execute("BEGIN IMMEDIATE")
         try:
+            self._database.execute("BEGIN IMMEDIATE")
             yield
-        except BaseException:
-            self._database.execute("ROLLBACK")
+            self._database.execute("COMMIT")
+        except BaseException as error:
+            if self._database.in_transaction:  # a full disk has rolled back already
+                self._database.execute("ROLLBACK")
+            _raise_if_full(error, self._path)
             raise
-        self._database.execute("COMMIT")
 
     def record(self, requests: Iterable[Request]) -> None:
-        """Writes requests down before any is sent; those already known stay as they are."""
+        """Writes requests down before any is sent; those already known stay as they are.
+
+        In ASCII: SQLite refuses half a surrogate pair.
+        """
         now = time.time()
         with self._transaction():
             self._database.executemany(
                 "INSERT OR IGNORE INTO requests (key, body, sample_index, recorded) VALUES (?, ?, ?, ?)",
-                ((r.key, json.dumps(r.body, ensure_ascii=False), r.sample_index, now) for r in requests),
+                ((r.key, json.dumps(r.body), r.sample_index, now) for r in requests),
             )
 
     def pending(self) -> set[str]:
@@ -176,3 +185,9 @@ class Ledger:
         if state == "done":
             return Response(raw=raw, request_id=request_id, received=received, attempts=attempts)
         return Failure(detail=failure or "not answered yet", permanent=state == "refused", attempts=attempts)
+
+
+def _raise_if_full(error: BaseException, path: Path) -> None:
+    """SQLite's word for a full disk, said as the operating system says it."""
+    if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error

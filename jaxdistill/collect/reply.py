@@ -78,7 +78,7 @@ def read_reply(raw: bytes) -> Reply:
         choice = body["choices"][0]
         message, finish_reason = choice["message"], choice["finish_reason"]
     except (ValueError, RecursionError, LookupError, TypeError) as error:
-        raise UnreadableReply(f"not a chat completion ({type(error).__name__}: {error}): {raw[:200]!r}") from None
+        raise UnreadableReply(f"not a chat completion ({type(error).__name__}: {error})") from None
     if finish_reason not in ("stop", "length", "content_filter") or not isinstance(message, dict):
         raise UnreadableReply(f"finish_reason is {finish_reason!r}, expected stop, length or content_filter")
     reasoning, content = split_reasoning(message)
@@ -92,11 +92,11 @@ def read_reply(raw: bytes) -> Reply:
 
 
 def _usage(usage: Any) -> Usage:
-    """Token counts; 0 for what a server leaves out or does not give as a number."""
+    """Token counts; 0 for what a server leaves out or does not give as a possible number."""
 
     def count(values: Mapping[str, Any], name: str) -> int:
         value = values.get(name)
-        return int(value) if isinstance(value, int | float) else 0
+        return int(value) if isinstance(value, int | float) and 0 <= value < 1e15 else 0  # 1e999 is valid JSON
 
     usage = usage if isinstance(usage, dict) else {}
     details = usage.get("completion_tokens_details")

@@ -7,13 +7,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from jaxdistill.collect.client import TeacherConfig, fulfil, read_key
 from jaxdistill.collect.ledger import Failure, Ledger, Request, Response
 from jaxdistill.collect.prompting import COLLECT_PROMPTS, read_prompt
 from jaxdistill.collect.reply import Reply, UnreadableReply, read_reply
-from jaxdistill.errors import UserError
+from jaxdistill.errors import RunError, UserError
 from jaxdistill.manifest import write_config, write_manifest
 from jaxdistill.records import Chain, Message, Problem, Usage, Verdict, read_jsonl, write_jsonl
 from jaxdistill.verify import Verifier
@@ -109,7 +111,7 @@ def answers(
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Ledger(workdir / "ledger.sqlite") as ledger, Progress(*columns) as progress:
+    with Ledger(workdir / "ledger.sqlite") as ledger, Progress(*columns, console=Console(stderr=True)) as progress:
         ledger.record(requests.values())
         todo = len(requests.keys() & ledger.pending())
         bar = progress.add_task(title, total=len(requests), completed=len(requests) - todo)
@@ -151,11 +153,45 @@ def cost_usd(teacher: TeacherConfig, usage: Usage) -> float:
     return (usage.prompt_tokens * teacher.input_price_usd + usage.output_tokens * teacher.output_price_usd) / 1e6
 
 
+def conclude(
+    command: str,
+    kept: Path,
+    counts: Mapping[str, int],
+    outcomes: Iterable[tuple[Call, Response | Failure]],
+    dropped: Iterable[Receipt],
+) -> None:
+    """Prints what a command did, once all of it is written; the first of `counts` is the rows of the file `kept`.
+
+    Raises:
+      RunError: requests are still without an answer, or nothing was kept.
+    """
+    numbers = ", ".join(f"{count} {name}" for name, count in counts.items())
+    receipts = kept.with_name("dropped.jsonl")
+    line = f"{command}: {numbers}; kept in {kept}, a reason for every other in {receipts}"
+    Console(stderr=True, highlight=False, soft_wrap=True).print(Text(line))
+    requests = {call.key: outcome for call, outcome in outcomes}
+    left = [o.detail for o in requests.values() if isinstance(o, Failure) and not o.permanent]
+    if left:
+        raise RunError(
+            f"{len(left)} of {len(requests)} requests have no answer yet, most often because of: {_commonest(left)}; "
+            "run the same command again: it asks for these alone"
+        )
+    if not next(iter(counts.values())):
+        why = _commonest([receipt.detail for receipt in dropped])
+        raise RunError(f"nothing was kept ({numbers}), most often because of: {why}; {receipts} has the reason of each")
+
+
+def _commonest(details: list[str]) -> str:
+    ((detail, _),) = collections.Counter(details).most_common(1)
+    return " ".join(detail.split())[:300]
+
+
 def main(config: CollectConfig) -> Mapping[str, int]:
     """Runs the command, or continues it; returns how many chains were verified, wrong, truncated, failed, unverifiable.
 
     Raises:
       UserError: problems, prompt, key or URL are not usable, or the API refuses the key or the model.
+      RunError: as `conclude`; all files are written.
     """
     problems = read_problems(config.problems)
     prompt = read_prompt(config.prompt, COLLECT_PROMPTS) if config.prompt else ""
@@ -171,7 +207,8 @@ def main(config: CollectConfig) -> Mapping[str, int]:
     chains: list[Chain] = []
     dropped = unanswerable(problems)
     with Verifier(timeout_s=config.verify_timeout_s) as verifier:
-        for call, outcome in answers(config.teacher, config.workdir, calls, "collect"):
+        outcomes = answers(config.teacher, config.workdir, calls, "collect")
+        for call, outcome in outcomes:
             judged = judge(call, outcome, verifier)
             if isinstance(judged, Receipt):
                 dropped.append(judged)
@@ -187,6 +224,7 @@ def main(config: CollectConfig) -> Mapping[str, int]:
         "cost_usd": sum(cost_usd(config.teacher, row.usage) for row in (*chains, *dropped)),
     }
     write_manifest(config.workdir, "collect", [config.problems], counts, **facts)
+    conclude("collect", config.workdir / "chains.jsonl", counts, outcomes, dropped)
     return counts
 
 

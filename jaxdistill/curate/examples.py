@@ -1,8 +1,12 @@
 """Chains and problems -> conversations to train on. One text form for long thoughts, everywhere."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
 
 from jaxdistill.collect.reply import join_reasoning
 from jaxdistill.errors import UserError
@@ -19,10 +23,22 @@ class ExamplesConfig:
 
 
 def main(config: ExamplesConfig) -> int:
-    """Writes examples.jsonl and returns the number of examples."""
-    count = write_jsonl(config.workdir / "examples.jsonl", chains_to_examples(read_jsonl(config.chains, Chain)))
+    """Writes examples.jsonl and returns the number of examples.
+
+    Raises:
+      UserError: the chains are missing, malformed, or none.
+    """
+    chains = read_jsonl(config.chains, Chain)
+    first = next(chains, None)
+    if first is None:
+        raise UserError(f"{config.chains}: holds no chain; expected at least one line, as `jaxdistill collect` writes")
+    path = config.workdir / "examples.jsonl"
+    count = write_jsonl(path, chains_to_examples(itertools.chain([first], chains)))
     write_config(config.workdir, config)
     write_manifest(config.workdir, "examples", [config.chains], {"examples": count})
+    Console(stderr=True, highlight=False, soft_wrap=True).print(
+        Text(f"examples: {count} from {config.chains} in {path}")
+    )
     return count
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jaxdistill.collect.client import TeacherConfig, read_key
 from jaxdistill.collect.prompting import fill, read_prompt
-from jaxdistill.collect.run import Receipt, answers, cost_usd, judge, plan_call, read_problems
+from jaxdistill.collect.run import Receipt, answers, conclude, cost_usd, judge, plan_call, read_problems
 from jaxdistill.curate.examples import example
 from jaxdistill.errors import UserError
 from jaxdistill.manifest import write_config, write_manifest
@@ -39,6 +39,7 @@ def main(config: ReformatConfig) -> Mapping[str, int]:
 
     Raises:
       UserError: as `jaxdistill.collect.run.main`, or a prompt without its two names.
+      RunError: as `jaxdistill.collect.run.conclude`; all files are written.
     """
     problems = read_problems(config.problems)
     template = read_prompt(config.prompt, CURATE_PROMPTS)
@@ -58,7 +59,8 @@ def main(config: ReformatConfig) -> Mapping[str, int]:
     examples: list[Example] = []
     used: list[Usage] = []
     with Verifier(timeout_s=config.verify_timeout_s) as verifier:
-        for call, outcome in answers(config.teacher, config.workdir, calls, "reformat"):
+        outcomes = answers(config.teacher, config.workdir, calls, "reformat")
+        for call, outcome in outcomes:
             judged = judge(call, outcome, verifier)
             if isinstance(judged, Receipt):
                 dropped.append(judged)
@@ -82,4 +84,5 @@ def main(config: ReformatConfig) -> Mapping[str, int]:
         "cost_usd": sum(cost_usd(config.teacher, usage) for usage in used),
     }
     write_manifest(config.workdir, "reformat", [config.problems], counts, **facts)
+    conclude("reformat", config.workdir / "examples.jsonl", counts, outcomes, dropped)
     return counts

@@ -1,6 +1,7 @@
 """Conversations to tokens, through the tokenizer's own chat template, with loss on the assistant's words only."""
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -58,12 +59,21 @@ def prompt_tokens(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     return tokenizer(render(tokenizer, messages, prompt=True), add_special_tokens=False)["input_ids"]
 
 
-def end_tokens(tokenizer: Any) -> list[int]:
-    """Tokens that end an assistant's turn, as the chat template writes it, and the tokenizer's own end token."""
+def end_tokens(tokenizer: Any, folder: Path | None = None) -> list[int]:
+    """Tokens that end an answer: what the chat template ends a turn with, and the tokenizer's own end token.
+
+    Args:
+      folder: of the model; adds the ids that its generation_config.json and config.json name, as Llama 3 and Qwen do.
+    """
     after = _after_answer(tokenizer, [{"role": "user", "content": "a"}])
     special = _special_ids(tokenizer)
     ends = [token for token in tokenizer(after, add_special_tokens=False)["input_ids"] if token in special][:1]
-    return list(dict.fromkeys(ends + ([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])))
+    named = [tokenizer.eos_token_id]
+    for name in ("generation_config.json", "config.json"):
+        if folder is not None and (folder / name).is_file():
+            ids = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
+            named += ids if isinstance(ids, list) else [ids]
+    return list(dict.fromkeys(ends + [token for token in named if token is not None]))
 
 
 _PROBE = "probe-answer"
@@ -95,6 +105,8 @@ def tokenize(tokenizer: Any, example: Example) -> Document:
             raise UserError(f"example {example.id}: message {turn} has {sorted(message)}; expected role and content")
     if not example.messages or example.messages[0]["role"] == "assistant":
         raise UserError(f"example {example.id} starts without a question; expected a user or system message first")
+    if not 0 <= example.weight < float("inf"):
+        raise UserError(f"example {example.id} has weight {example.weight}; expected 0 or more")
     text = render(tokenizer, example.messages, prompt=False)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     stops = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)[:, 1]

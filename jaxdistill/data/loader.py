@@ -1,6 +1,7 @@
 """Example files to batches: tokenize, drop what does not fit with a receipt, pack, deal in an order that resumes."""
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +35,13 @@ class PackedSet:
         """The arrays of a row, and the ids of its documents."""
         documents = [self.documents[i] for i in self.rows[int(index)]]
         return packing.make_row(documents, self.row_tokens), tuple(d.id for d in documents)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all that a batch can hold: tokens, what is trained, weights, and how rows are packed."""
+        digest = hashlib.sha256(json.dumps([self.row_tokens, self.rows]).encode())
+        for d in self.documents:
+            digest.update(f"{d.id} {d.weight} {len(d.tokens)}".encode() + d.tokens.tobytes() + d.trained.tobytes())
+        return digest.hexdigest()
 
     @property
     def trained_tokens(self) -> int:

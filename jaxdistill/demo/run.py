@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from jaxdistill import export, manifest, metrics, records, train
 from jaxdistill.collect import run as collect
 from jaxdistill.collect.client import TeacherConfig
 from jaxdistill.curate import examples, reformat
+from jaxdistill.data import chat
 from jaxdistill.demo import student
 from jaxdistill.errors import UserError
 from jaxdistill.evaluate import run as evaluate
@@ -38,17 +38,18 @@ class DemoConfig:
     """The whole chain at toy size. The defaults take minutes on two CPU cores."""
 
     workdir: Path = Path("runs/demo")  # run folder; a finished stage is not run again
-    teacher: str | None = None  # model name at a real API, with a key in OPENAI_API_KEY; None starts the local teacher
+    teacher: str | None = None  # model at a real API, with its key in OPENAI_API_KEY; None starts the local teacher
     base_url: str = "https://api.openai.com/v1"  # of the real API
     seed: int = 0  # of problems, weights, order and sampling
-    train_problems: int = 3200  # asked of the teacher, over all families
-    reformat_problems: int = 1200  # of those, the ones whose solution is reformatted too
+    train_problems: int = 3200  # asked of the teacher, over all families; each one a paid call at a real API
+    reformat_problems: int = 1200  # of those, the ones whose solution is reformatted too: another call each
+    max_tokens: int = 4096  # output limit of one call, in tokens
     heldout_problems: int = 150  # evaluated
     samples: int = 4  # per held-out problem
     reformatted_epochs: int = 2  # of phase 1
     distilled_epochs: int = 2  # of phase 2
     peak_lr: float = 3e-3  # of both phases
-    row_tokens: int = 336  # positions in a packed row
+    row_tokens: int | None = None  # positions in a packed row; by default two of the longest chains
     batch_rows: int = 8  # rows in an optimizer step
     answers_only: bool = False  # also train on answers alone for as many steps: what the chains are worth
 
@@ -69,14 +70,23 @@ class Demo:
     def __init__(self, config: DemoConfig):
         self.config, self.workdir = config, config.workdir
         self.console = Console(stderr=True)
-        self.started = time.monotonic()
         earlier = self.workdir / "config.json"
         if earlier.is_file() and json.loads(earlier.read_text()) != json.loads(_as_json(config)):
-            raise UserError(f"{self.workdir} holds a demo with other settings; remove it, or give another --workdir")
+            raise UserError(
+                f"{self.workdir} holds a demo with other settings; give another --workdir "
+                "(its ledgers keep what was paid for)"
+            )
         manifest.write_config(self.workdir, config)
+        self.history = manifest.History(self.workdir)
 
     def run(self) -> dict[str, Any]:
-        """All stages."""
+        """All stages; a finished run is only shown again."""
+        done = self.workdir / "summary.json"
+        if done.is_file():
+            summary = json.loads(done.read_text())
+            self.console.print(f"{self.workdir} was finished earlier, at commit {summary['commit']}")
+            Console().print(f"report: {self.workdir / 'report.html'}", soft_wrap=True)
+            return summary
         self._say("1  problems, and chains from the teacher")
         train_file, heldout_file = self._problems()
         collected = self._collect(train_file)
@@ -91,7 +101,8 @@ class Demo:
         return self._report(collected, trained, summaries, error)
 
     def _say(self, text: str) -> None:
-        self.console.rule(f"{text}  [dim]{time.monotonic() - self.started:.0f} s", align="left")
+        self.history.keep()
+        self.console.rule(f"{text}  [dim]{self.history.wall_s:.0f} s", align="left")
 
     def _phase(self, name: str) -> Path:
         return self.workdir / ("ablation" if name == _ANSWERS else "train") / name
@@ -113,11 +124,18 @@ class Demo:
     def _teacher(self) -> Iterator[TeacherConfig]:
         """The API to ask: a local server that misbehaves at known rates, or a real one."""
         if self.config.teacher is not None:
-            yield TeacherConfig(base_url=self.config.base_url, model=self.config.teacher, max_tokens=8192)
+            calls = self.config.train_problems + self.config.reformat_problems
+            self.console.print(
+                f"asking {self.config.teacher} at {self.config.base_url}: {calls} calls of at most "
+                f"{self.config.max_tokens} output tokens each, at the provider's price and under its terms"
+            )
+            yield TeacherConfig(
+                base_url=self.config.base_url, model=self.config.teacher, max_tokens=self.config.max_tokens
+            )
             return
         options = TeacherOptions(seed=self.config.seed, faults=_FAULTS, log=self.workdir / "teacher_log.jsonl")
         with running_teacher(options) as base_url:
-            yield TeacherConfig(base_url=base_url, model="local-teacher", max_tokens=1024)
+            yield TeacherConfig(base_url=base_url, model="local-teacher", max_tokens=self.config.max_tokens)
 
     def _collect(self, train_file: Path) -> dict[str, dict[str, int]]:
         """Asks the teacher for both kinds of text; writes the three sets of examples."""
@@ -151,7 +169,20 @@ class Demo:
         texts = (m["content"] for path in sets for row in records.read_jsonl(path, Example) for m in row.messages)
         partial = folder.with_name("student.partial")
         student.write(partial, texts, self.config.seed)
+        longest = self._longest(partial, sets)
+        manifest.write_json(partial / "longest.json", longest)
         partial.rename(folder)
+
+    def _longest(self, folder: Path, sets: list[Path]) -> int:
+        """Tokens of the longest example that the student has positions for; longer ones are dropped with a receipt."""
+        tokenizer, limit = chat.load_tokenizer(folder), student.POSITIONS
+        rows = (row for path in sets for row in records.read_jsonl(path, Example))
+        return max((n for row in rows if (n := len(chat.tokenize(tokenizer, row).tokens)) <= limit), default=limit)
+
+    def _row_tokens(self) -> int:
+        """Two of the longest chains a row, as far as the student has positions."""
+        longest = json.loads((self.workdir / "student" / "longest.json").read_text())
+        return self.config.row_tokens or min(2 * longest, student.POSITIONS)
 
     def _train(self) -> dict[str, Any]:
         """The paper's two phases; with `answers_only` also the ablation, for as many steps as both together."""
@@ -176,7 +207,7 @@ class Demo:
             workdir=self.workdir / folder,
             model=self.workdir / "student",
             phases=phases,
-            row_tokens=self.config.row_tokens,
+            row_tokens=self._row_tokens(),
             batch_rows=self.config.batch_rows,
             step=StepConfig(compute_dtype="float32", remat="none"),
             seed=self.config.seed,
@@ -202,13 +233,21 @@ class Demo:
                     path=heldout_file,
                     samples=self.config.samples,
                     seed=self.config.seed,
-                    sampling=SamplingConfig(temperature=0.5, max_new_tokens=160),
+                    sampling=SamplingConfig(temperature=0.5, max_new_tokens=self._answer_tokens(heldout_file)),
                     slots=200,
                     compute_dtype="float32",
                 )
             )
             for name, model in models.items()
         }
+
+    def _answer_tokens(self, heldout_file: Path) -> int:
+        """Room for an answer: as long as the longest example, if the student's positions hold it and a prompt."""
+        tokenizer = chat.load_tokenizer(self.workdir / "student")
+        problems = records.read_jsonl(heldout_file, Problem)
+        prompts = [chat.prompt_tokens(tokenizer, [{"role": "user", "content": p.problem}]) for p in problems]
+        longest = json.loads((self.workdir / "student" / "longest.json").read_text())
+        return min(longest, student.POSITIONS - max(map(len, prompts)))
 
     def _report(
         self,
@@ -219,7 +258,7 @@ class Demo:
     ) -> dict[str, Any]:
         """summary.json, the page, and one table."""
         k = self.config.samples
-        wall_s = time.monotonic() - self.started
+        wall_s = self.history.wall_s
         summary = {
             "accuracy": {name: s.accuracy.value for name, s in summaries.items()},
             "interval": {name: [s.accuracy.low, s.accuracy.high] for name, s in summaries.items()},
@@ -228,11 +267,10 @@ class Demo:
             "collected": {name: collected[_DISTILLED][name] for name in ("verified", "wrong", "truncated", "failed")},
             "export_max_logit_error": error,
             "wall_s": round(wall_s, 1),
-            "commit": manifest.commit(),
+            "commit": ", ".join(self.history.commits),
             "seed": self.config.seed,
             "phases": trained,
         }
-        manifest.write_json(self.workdir / "summary.json", summary)
         path = self.workdir / "report.html"
         page.write(path, self._page(collected, summaries, wall_s))
         inputs = [self.workdir / "problems" / "train.jsonl", self.workdir / "problems" / "heldout.jsonl"]
@@ -247,6 +285,8 @@ class Demo:
         counts = ", ".join(f"{count} {name}" for name, count in summary["collected"].items())
         out.print(f"collected: {counts}; export within {error:.1e} of the largest logit; {wall_s:.0f} s")
         out.print(f"report: {path}", soft_wrap=True)
+        self.history.keep()
+        manifest.write_json(self.workdir / "summary.json", summary)  # last: with it the run counts as finished
         return summary
 
     def _page(
@@ -260,7 +300,7 @@ class Demo:
         return page.Page(
             title="jaxdistill demo",
             facts={
-                "commit": manifest.commit(),
+                "commit": ", ".join(self.history.commits),
                 "seed": str(self.config.seed),
                 "teacher": self.config.teacher or "the local teacher",
                 "wall time": f"{wall_s:.0f} s",

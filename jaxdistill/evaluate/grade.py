@@ -2,14 +2,13 @@
 
 import dataclasses
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from jaxdistill.errors import UserError
 from jaxdistill.evaluate.statistics import Estimate, avg_at_n, maj_at_k, pass_at_k
 from jaxdistill.records import Completion, Score, Verdict
 from jaxdistill.verify import Verifier, normalize
 
-GRADER = "boxed_math"
 RIGHT = "right"  # answer class of every correct sample
 
 
@@ -37,26 +36,42 @@ class Summary:
     unverifiable_rate: float  # an answer that could not be compared
 
 
-def grade(completions: Sequence[Completion], golds: Mapping[str, str], verifier: Verifier) -> list[Score]:
-    """One score a completion, in order; `golds` maps item ids to gold answers. Truncated and empty outputs are wrong.
-
-    Raises:
-      UserError: an item has no gold answer; names all of them.
-    """
-    missing = sorted({completion.item_id for completion in completions} - golds.keys())
-    if missing:
-        raise UserError(f"no gold answer for items {missing[:20]} ({len(missing)} in all); was the task file changed?")
-    return [
-        Score(completion_id=c.id, verdict=_judge(c, golds[c.item_id], verifier), grader=GRADER) for c in completions
-    ]
-
-
-def _judge(completion: Completion, gold: str, verifier: Verifier) -> Verdict:
+def _boxed_math(completion: Completion, gold: str, verifier: Verifier) -> Verdict:
     if completion.finish_reason == "length":
         return Verdict(label="wrong", rule="truncated")
     if not completion.text.strip():
         return Verdict(label="wrong", rule="empty")
     return verifier.verify(completion.text, gold)
+
+
+Grader = Callable[[Completion, str, Verifier], Verdict]  # judges a completion by the gold answer
+GRADERS: Mapping[str, Grader] = {"boxed_math": _boxed_math}  # by the name that a task gives
+
+
+def grader_named(name: str) -> Grader:
+    """The grader of that name.
+
+    Raises:
+      UserError: there is no such grader; names those there are.
+    """
+    if name not in GRADERS:
+        raise UserError(f"no grader is named {name!r}; expected one of {sorted(GRADERS)} (evaluate/grade.py)")
+    return GRADERS[name]
+
+
+def grade(
+    completions: Sequence[Completion], golds: Mapping[str, str], verifier: Verifier, grader: str = "boxed_math"
+) -> list[Score]:
+    """One score a completion, in order; `golds` maps item ids to gold answers. Truncated and empty outputs are wrong.
+
+    Raises:
+      UserError: there is no such grader, or an item has no gold answer; names all of them.
+    """
+    judge = grader_named(grader)
+    missing = sorted({completion.item_id for completion in completions} - golds.keys())
+    if missing:
+        raise UserError(f"no gold answer for items {missing[:20]} ({len(missing)} in all); was the task file changed?")
+    return [Score(completion_id=c.id, verdict=judge(c, golds[c.item_id], verifier), grader=grader) for c in completions]
 
 
 def summarize(

@@ -2,25 +2,29 @@
 
 import dataclasses
 import hashlib
+import json
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 from rich.console import Console
-from rich.progress import Progress
+from rich.markup import escape
+from rich.progress import Progress, TextColumn
 from rich.table import Table
 
 from jaxdistill import manifest, records
-from jaxdistill.checkpoint import base_of, load_model
+from jaxdistill.checkpoint import base_of, fingerprint
 from jaxdistill.data import chat
-from jaxdistill.errors import UserError
+from jaxdistill.errors import RunError, UserError
 from jaxdistill.evaluate import tasks
-from jaxdistill.evaluate.grade import Summary, grade, summarize
+from jaxdistill.evaluate.grade import Summary, grade, grader_named, summarize
 from jaxdistill.records import Completion, Problem
 from jaxdistill.sample.choose import SamplingConfig
-from jaxdistill.sample.engine import Engine, Output, Request
+from jaxdistill.sample.engine import Output, Request
+from jaxdistill.sample.run import engine_for
 from jaxdistill.sharding import MeshConfig
 from jaxdistill.verify import Verifier
 
@@ -41,7 +45,7 @@ class EvaluateConfig:
     samples: int = 1  # per problem
     seed: int = 0  # of the sampling; a request's own seed also depends on problem and sample
     sampling: SamplingConfig = SamplingConfig()
-    slots: int = 32  # requests decoded at once
+    slots: int = 32  # requests decoded at once, rounded up to a multiple of the mesh's data x fsdp
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     mesh: MeshConfig = MeshConfig()
 
@@ -51,14 +55,51 @@ class EvaluateConfig:
         if self.samples < 1 or self.slots < 1:
             raise UserError(f"samples is {self.samples} and slots {self.slots}; expected 1 or more")
 
-    def settings(self) -> dict[str, Any]:
-        """What a completion's text depends on, apart from problem and seed."""
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What an evaluation is to sample, and how."""
+
+    config: EvaluateConfig
+    task: tasks.Task
+    problems: list[Problem]
+    weights: str  # fingerprint of the model
+
+    def wanted(self) -> dict[str, tuple[Problem, int]]:
+        """Problem and sample index by completion id."""
+        return {f"{self.task.name}/{p.id}/{i}": (p, i) for p in self.problems for i in range(self.config.samples)}
+
+    def settings(self, problem: Problem) -> dict[str, Any]:
+        """What a completion's text and grade depend on, apart from its seed."""
+        content = json.dumps([problem.problem, problem.answer])
         return {
-            **dataclasses.asdict(self.sampling),
-            "compute_dtype": self.compute_dtype,
-            "model": str(self.model),
-            "prompt": self.prompt,
+            **dataclasses.asdict(self.config.sampling),
+            "compute_dtype": self.config.compute_dtype,
+            "model": str(self.config.model),
+            "weights": self.weights,
+            "prompt": self.task.prompt,
+            "problem": hashlib.sha256(content.encode()).hexdigest()[:16],
         }
+
+    def seed(self, id_: str) -> int:
+        """A seed of each sample's own, 31 bits."""
+        return int.from_bytes(hashlib.sha256(f"{self.config.seed}/{id_}".encode()).digest()[:4], "big") >> 1
+
+    def changes(self, earlier: Completion, item: tuple[Problem, int] | None) -> set[str]:
+        """Which of model, settings and problems a completion of an earlier call does not share.
+
+        Args:
+          item: what is wanted under its id, if anything.
+        """
+        if item is None:
+            return {"settings" if earlier.sample_index >= self.config.samples else "problems"}
+        now, then = self.settings(item[0]), earlier.settings
+        differ = {key for key in now.keys() | then.keys() if now.get(key) != then.get(key)}
+        found = {_PART_OF_SETTING.get(key, "settings") for key in differ}
+        return found if earlier.seed == self.seed(earlier.id) else found | {"settings"}
+
+
+_PART_OF_SETTING = {"model": "model", "weights": "model", "problem": "problems"}  # all others: settings
 
 
 def main(config: EvaluateConfig) -> Summary:
@@ -69,17 +110,19 @@ def main(config: EvaluateConfig) -> Summary:
     workdir, task = config.workdir, tasks.task(config.task)
     if config.prompt is not None:
         task = dataclasses.replace(task, prompt=config.prompt)
+    grader_named(task.grader)  # refused before hours of sampling, not after
     problems = tasks.select(task.problems_from(config.path), config.limit, config.limit_seed)
-    manifest.write_config(workdir, config)
-    completions = _complete(config, task, problems)
+    plan = _Plan(config, task, problems, fingerprint(config.model))
+    completions = _complete(plan)
     with Verifier() as verifier:
-        scores = grade(completions, {p.id: p.answer or "" for p in problems}, verifier)
+        scores = grade(completions, {p.id: p.answer or "" for p in problems}, verifier, task.grader)
         summary = summarize(completions, scores, verifier)
     records.write_jsonl(workdir / "scores.jsonl", scores)
     manifest.write_json(workdir / "summary.json", dataclasses.asdict(summary))
     counts = {"problems": len(problems), "completions": len(completions)}
-    manifest.write_manifest(workdir, "evaluate", [config.path, base_of(config.model) / "config.json"], counts)
-    Console(stderr=True).print(table(f"{config.model} on {config.task}", summary))
+    inputs = [config.path, base_of(config.model) / "config.json"]
+    manifest.write_manifest(workdir, "evaluate", inputs, counts, model=plan.weights)
+    Console(stderr=True).print(table(escape(f"{config.model} on {config.task}"), summary))
     return summary
 
 
@@ -101,21 +144,23 @@ def table(title: str, summary: Summary) -> Table:
     return shown
 
 
-def _complete(config: EvaluateConfig, task: tasks.Task, problems: list[Problem]) -> list[Completion]:
+def _complete(plan: _Plan) -> list[Completion]:
     """All completions, of earlier calls and of this one, in the order of the problems."""
-    path = config.workdir / "completions.jsonl"
-    wanted = {f"{config.task}/{p.id}/{i}": (p, i) for p in problems for i in range(config.samples)}
+    path = plan.config.workdir / "completions.jsonl"
+    wanted = plan.wanted()
     done = {c.id: c for c in _earlier(path)}
-    changed = [c.id for c in done.values() if c.settings != config.settings() or c.seed != _seed(config, c.id)]
-    if changed or done.keys() - wanted.keys():
+    changes = {id_: found for id_, completion in done.items() if (found := plan.changes(completion, wanted.get(id_)))}
+    if changes:
         raise UserError(
-            f"{path} holds completions of other problems or settings (for example "
-            f"{(changed or sorted(done.keys() - wanted.keys()))[0]}); use another workdir, or remove the file"
+            f"{path} holds completions of an earlier call, since when there were changes to: "
+            f"{', '.join(sorted(set().union(*changes.values())))} (for example {next(iter(changes))}); "
+            "use another workdir, or remove the file"
         )
+    manifest.write_config(plan.config.workdir, plan.config)
     left = {id_: item for id_, item in wanted.items() if id_ not in done}
     if left:
         with path.open("a", encoding="utf-8") as lines:
-            for completion in _sample(config, task, left):
+            for completion in _sample(plan, left):
                 lines.write(records.to_json(completion) + "\n")
                 lines.flush()
                 done[completion.id] = completion
@@ -126,52 +171,49 @@ def _earlier(path: Path) -> list[Completion]:
     """Completions that were committed before; a last line that a kill cut off is removed from the file."""
     if not path.is_file():
         return []
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        path.write_text(whole, encoding="utf-8")
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(path, whole)
     return list(records.read_jsonl(path, Completion))
 
 
-def _seed(config: EvaluateConfig, id_: str) -> int:
-    """A seed of each sample's own, 31 bits."""
-    return int.from_bytes(hashlib.sha256(f"{config.seed}/{id_}".encode()).digest()[:4], "big") >> 1
-
-
-def _sample(config: EvaluateConfig, task: tasks.Task, left: dict[str, tuple[Problem, int]]) -> Iterator[Completion]:
+def _sample(plan: _Plan, left: dict[str, tuple[Problem, int]]) -> Iterator[Completion]:
+    config = plan.config
     tokenizer = chat.load_tokenizer(base_of(config.model))
 
     def prompt(problem: Problem) -> tuple[int, ...]:
-        return tuple(chat.prompt_tokens(tokenizer, [{"role": "user", "content": task.ask(problem)}]))
+        return tuple(chat.prompt_tokens(tokenizer, [{"role": "user", "content": plan.task.ask(problem)}]))
 
-    requests = [Request(id_, prompt(problem), _seed(config, id_)) for id_, (problem, _) in left.items()]
-    positions = max(len(request.prompt) for request in requests) + config.sampling.max_new_tokens
-    with jax.set_mesh(config.mesh.build()), Progress(console=Console(stderr=True)) as bar:
-        params, c = load_model(config.model)
-        engine = Engine(
-            params,
-            c,
-            config.sampling,
-            chat.end_tokens(tokenizer),
-            slots=config.slots,
-            positions=positions,
-            dtype=jnp.dtype(config.compute_dtype),
-        )
-        for output in bar.track(engine.generate(requests), total=len(requests), description=f"sample {config.task}"):
+    requests = [Request(id_, prompt(problem), plan.seed(id_)) for id_, (problem, _) in left.items()]
+    console = Console(stderr=True)
+    columns = (*Progress.get_default_columns(), TextColumn("{task.fields[speed]}"))
+    with jax.set_mesh(config.mesh.build()), Progress(*columns, console=console) as progress:
+        engine = engine_for(config.model, tokenizer, config.sampling, requests, config.slots, config.compute_dtype)
+        if fingerprint(config.model) != plan.weights:
+            raise RunError(f"{config.model} was written to while it was read; evaluate it again when it is finished")
+        bar = progress.add_task(f"sample {config.task}", total=len(requests), speed="")
+        tokens, start = 0, time.monotonic()
+        for output in engine.generate(requests):
+            tokens += len(output.tokens)
+            speed = f"{tokens / (time.monotonic() - start):,.0f} tokens/s"  # of finished samples, compilation included
+            progress.update(bar, advance=1, speed=speed)
             problem, index = left[output.id]
-            yield _completion(config, output, problem, index, tokenizer)
+            yield _completion(plan, output, problem, index, tokenizer)
+        wall_s = time.monotonic() - start
+    console.print(f"{len(requests)} samples, {tokens:,} tokens in {wall_s:,.1f} s: {tokens / wall_s:,.0f} tokens/s")
 
 
-def _completion(config: EvaluateConfig, output: Output, problem: Problem, index: int, tokenizer: Any) -> Completion:
+def _completion(plan: _Plan, output: Output, problem: Problem, index: int, tokenizer: Any) -> Completion:
     text = tokenizer.decode(output.tokens, skip_special_tokens=True)
     thinking = _thinking_tokens(text, len(output.tokens), tokenizer)
     return Completion(
         id=output.id,
-        task=config.task,
+        task=plan.task.name,
         item_id=problem.id,
         sample_index=index,
-        seed=_seed(config, output.id),
-        settings=config.settings(),
+        seed=plan.seed(output.id),
+        settings=plan.settings(problem),
         text=text,
         thinking_tokens=thinking,
         answer_tokens=len(output.tokens) - thinking,

@@ -16,6 +16,11 @@ def family(model_type: str) -> ModuleType:
     Raises:
       UserError: there is none.
     """
+    if model_type == "None":
+        raise UserError(
+            "config.json has no model_type: it is not a model's. Is this the folder of a training run? "
+            "Then give the folder of one of its phases"
+        )
     if model_type not in FAMILIES:
         raise UserError(
             f"config.json has model_type {model_type!r}; implemented are {', '.join(FAMILIES)}. "

@@ -83,6 +83,9 @@ def read_config(hf: Mapping[str, Any], unsupported: Mapping[str, Any]) -> Config
     if problems:
         raise UserError(f"config.json of model_type {hf.get('model_type')!r}: {'; '.join(problems)}")
     heads, positions = hf["num_attention_heads"], hf.get("max_position_embeddings", 2048)
+    rope = read_rope(hf, positions)
+    if rope.kind == "yarn":  # Qwen's own instructions add YaRN and leave max_position_embeddings at the old length
+        positions = max(positions, int(rope.factor * rope.original_positions))
     return Config(
         model_type=hf["model_type"],
         vocab=hf["vocab_size"],
@@ -93,7 +96,7 @@ def read_config(hf: Mapping[str, Any], unsupported: Mapping[str, Any]) -> Config
         kv_heads=hf.get("num_key_value_heads") or heads,
         head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
         norm_eps=hf.get("rms_norm_eps", 1e-6),
-        rope=read_rope(hf, positions),
+        rope=rope,
         tied=bool(hf.get("tie_word_embeddings", False)),
         max_positions=positions,
     )

@@ -39,9 +39,13 @@ def head(params: Params) -> Weight:
 
 
 def embed(params: Params, tokens: Int[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
-    """Token embeddings. The table is gathered first: a lookup cannot cross shards of the vocabulary."""
-    table = jax.sharding.reshard(params.embed.astype(dtype), jax.P(None, None))
-    return table.at[tokens].get(out_sharding=spec("BTD"))
+    """Token embeddings. The table is gathered first: a lookup cannot cross shards of the vocabulary.
+
+    Rows are cast after the lookup, so that a token's gradients are added up in the table's float32: thousands of
+    bfloat16 additions to one row lose most of what they add.
+    """
+    table = jax.sharding.reshard(params.embed, jax.P(None, None))
+    return table.at[tokens].get(out_sharding=spec("BTD")).astype(dtype)
 
 
 def hidden(

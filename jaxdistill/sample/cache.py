@@ -24,15 +24,9 @@ class Cache:
 
 def empty(c: Config, slots: int, positions: int, dtype: Any) -> Cache:
     """A cache of zeros on the current mesh; positions are rounded up to whole chunks."""
-    chunk = key_chunk(positions)
-    shape = (c.layers, slots, -(-positions // chunk) * chunk, c.kv_heads, c.head_dim)
+    shape = (c.layers, slots, -(-positions // _KEY_CHUNK) * _KEY_CHUNK, c.kv_heads, c.head_dim)
     make = jax.jit(lambda: jnp.zeros(shape, dtype, out_sharding=spec("LBSKH")))
     return Cache(k=make(), v=make())
-
-
-def key_chunk(positions: int) -> int:
-    """Keys that attention reads at a time."""
-    return min(_KEY_CHUNK, positions)
 
 
 def write_and_attend(
@@ -66,22 +60,21 @@ def _local(
 ) -> tuple[Array, Array, Array]:
     B, T, N, H = q.shape
     S, K = keys.shape[2:4]
-    chunk = key_chunk(S)
     at = jnp.where(live, positions, S)  # out of range: dropped
     keys = keys.at[layer, slots[:, None], at].set(k.astype(keys.dtype), mode="drop")
     values = values.at[layer, slots[:, None], at].set(v.astype(values.dtype), mode="drop")
     q_BTKGH = q.reshape(B, T, K, N // K, H)
 
     def read(cache: Array, i: Array) -> Array:
-        start = (layer, slots[0], i * chunk, 0, 0)
-        return jax.lax.dynamic_slice(cache, start, (1, B, chunk, K, H))[0].astype(q.dtype)
+        start = (layer, slots[0], i * _KEY_CHUNK, 0, 0)
+        return jax.lax.dynamic_slice(cache, start, (1, B, _KEY_CHUNK, K, H))[0].astype(q.dtype)
 
     def body(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         # Online softmax. A chunk with no key to see changes nothing, to the last bit: so a row's result does not
         # depend on how far the loop runs for the sake of longer rows.
         top, total, sums = carry
         scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, read(keys, i), preferred_element_type=jnp.float32) * H**-0.5
-        visible = (i * chunk + jnp.arange(chunk)) <= positions[:, :, None]
+        visible = (i * _KEY_CHUNK + jnp.arange(_KEY_CHUNK)) <= positions[:, :, None]
         scores = jnp.where(visible[:, None, None], scores, _MASKED)
         new_top = jnp.maximum(top, scores.max(-1))
         weights = jnp.where(visible[:, None, None], jnp.exp(scores - new_top[..., None]), 0.0)
@@ -93,7 +86,7 @@ def _local(
 
     shape = (B, K, N // K, T)
     start = (jnp.full(shape, _MASKED), jnp.zeros(shape), jnp.zeros((*shape, H)))
-    chunks = jnp.max(jnp.where(live, positions, 0)) // chunk + 1
+    chunks = jnp.max(jnp.where(live, positions, 0)) // _KEY_CHUNK + 1
     _, total, sums = jax.lax.fori_loop(0, chunks, body, start)
     out = (sums / jnp.maximum(total, 1e-30)[..., None]).astype(q.dtype)
     return jnp.moveaxis(out, 3, 1).reshape(B, T, N, H), keys, values

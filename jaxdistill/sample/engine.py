@@ -116,7 +116,7 @@ class Engine:
         self.params = jax.tree.map(lambda w: w.astype(dtype), params)
         self.config, self.sampling, self.dtype = config, sampling, dtype
         self.slots, self.positions = slots, positions
-        self.prefill_tokens, self.steps_per_call = min(prefill_tokens, positions), steps_per_call
+        self.prefill_tokens, self.steps_per_call = prefill_tokens, steps_per_call
         self.stop_tokens = tuple(stop_tokens)
         self.cache = kv.empty(config, slots, positions, dtype)
         self._prefill = jax.jit(self._prefill_impl, donate_argnums=1)

@@ -1,12 +1,12 @@
 """`jaxdistill sample`: prompts -> text, from a checkpoint or a Hugging Face folder."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from rich.console import Console
 
 from jaxdistill import manifest
 from jaxdistill.checkpoint import base_of, load_model
@@ -26,33 +26,25 @@ class SampleConfig:
     prompts: tuple[str, ...]  # what the user says, one conversation each
     sampling: SamplingConfig = SamplingConfig()
     seed: int = 0  # of the first prompt; each further one has the next
-    slots: int = 8  # requests decoded at once
+    slots: int = 8  # requests decoded at once, rounded up to a multiple of the mesh's data x fsdp
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
         if not self.prompts:
             raise UserError("there are no prompts; expected --prompts 'one question' 'another'")
+        if self.slots < 1:
+            raise UserError(f"slots is {self.slots}; expected 1 or more")
 
 
 def main(config: SampleConfig) -> list[dict[str, str | int]]:
-    """Answers the prompts, prints the answers and writes them to samples.json."""
+    """Answers the prompts, writes the answers to samples.json and prints them."""
     model, workdir = config.model, config.workdir
     tokenizer = chat.load_tokenizer(base_of(model))
     conversations = [chat.prompt_tokens(tokenizer, [{"role": "user", "content": text}]) for text in config.prompts]
     requests = [Request(str(i), tuple(tokens), config.seed + i) for i, tokens in enumerate(conversations)]
-    positions = max(len(tokens) for tokens in conversations) + config.sampling.max_new_tokens
     with jax.set_mesh(config.mesh.build()):
-        params, c = load_model(model)
-        engine = Engine(
-            params,
-            c,
-            config.sampling,
-            chat.end_tokens(tokenizer),
-            slots=config.slots,
-            positions=positions,
-            dtype=jnp.dtype(config.compute_dtype),
-        )
+        engine = engine_for(model, tokenizer, config.sampling, requests, config.slots, config.compute_dtype)
         outputs = {output.id: output for output in engine.generate(requests)}
     rows = []
     for i, prompt in enumerate(config.prompts):
@@ -61,8 +53,31 @@ def main(config: SampleConfig) -> list[dict[str, str | int]]:
         rows.append(
             {"prompt": prompt, "text": text, "tokens": len(output.tokens), "finish_reason": output.finish_reason}
         )
-        Console().print(f"[bold]{i}[/bold] ({len(output.tokens)} tokens, {output.finish_reason})", text, sep="\n")
     manifest.write_config(workdir, config)
     manifest.write_json(workdir / "samples.json", rows)
     manifest.write_manifest(workdir, "sample", [base_of(model) / "config.json"], {"prompts": len(rows)})
+    for i, row in enumerate(rows):  # not through rich: it would take [/INST] for a style
+        print(f"{i} ({row['tokens']} tokens, {row['finish_reason']})\n{row['text']}")
     return rows
+
+
+def engine_for(
+    model: Path, tokenizer: Any, sampling: SamplingConfig, requests: Sequence[Request], slots: int, dtype: str
+) -> Engine:
+    """An engine on the current mesh with a model's weights, and room for each of these requests.
+
+    Args:
+      slots: at least as many; rounded up to a multiple of the mesh's data x fsdp.
+    """
+    mesh = jax.sharding.get_mesh().shape
+    shards = mesh["data"] * mesh["fsdp"]
+    params, c = load_model(model, dtype=jnp.dtype(dtype))  # no float32 copy beside the one that samples
+    return Engine(
+        params,
+        c,
+        sampling,
+        chat.end_tokens(tokenizer, base_of(model)),
+        slots=-(-slots // shards) * shards,
+        positions=max(len(request.prompt) for request in requests) + sampling.max_new_tokens,
+        dtype=jnp.dtype(dtype),
+    )

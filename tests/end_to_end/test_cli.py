@@ -1,9 +1,15 @@
 """What a user sees who makes a mistake: one message that says what to do, exit code 2, and no traceback."""
 
+import errno
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from test_demo import jaxdistill
+
+from jaxdistill import cli, manifest
+from jaxdistill.curate import examples
+from jaxdistill.records import Chain, Usage, Verdict, write_jsonl
 
 RECIPE = """
 from pathlib import Path
@@ -54,6 +60,136 @@ def test_unknown_field(recipe: Path) -> None:
     check("train", str(recipe), "--batch-row", "6", expected=("batch-row",))
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("def config(:\n", ":1: the recipe fails with SyntaxError: "),
+        ("x = 1\nimport no_such_module\n", ":2: the recipe fails with ModuleNotFoundError: No module named"),
+        ("def config():\n    return [0][1]\n", ":2: the recipe fails with IndexError: list index out of range"),
+    ],
+    ids=["syntax", "import", "config"],
+)
+def test_broken_recipe(text: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "recipe.py"
+    path.write_text(text)
+    assert fails(capsys, "examples", str(path)).startswith(f"error: {path}{expected}")
+
+
+def test_recipe_with_a_wrong_value_says_what_the_configuration_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "recipe.py"
+    path.write_text(
+        "from jaxdistill.collect.client import TeacherConfig\nconfig = lambda: TeacherConfig(in_flight=0)\n"
+    )
+    assert fails(capsys, "collect", str(path)) == "error: teacher.in_flight is 0, expected at least 1\n"
+
+
+def test_a_broken_recipe_and_a_file_in_the_way_in_a_process_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "recipe.py").write_text("def config():\n    raise KeyError('x')\n")
+    check("examples", str(tmp_path / "recipe.py"), expected=("recipe.py:2: the recipe fails with KeyError: 'x'",))
+    words = small_run(tmp_path)
+    (tmp_path / "run").write_text("a file")
+    check(*words, expected=(f"{tmp_path / 'run'}: there is a file where a folder is needed",))
+
+
+def small_run(folder: Path) -> list[str]:
+    """The words of a command that works in folder/run, without jax."""
+    chain = Chain(
+        id="a/0",
+        problem_id="a",
+        messages=({"role": "assistant", "content": "4"},),
+        reasoning_kind="answer_only",
+        teacher="teacher",
+        prompt_hash="",
+        request_id="",
+        sample_index=0,
+        finish_reason="stop",
+        usage=Usage(),
+        cost_usd=0.0,
+        verdict=Verdict(label="correct", rule="text"),
+        created=0.0,
+    )
+    write_jsonl(folder / "chains.jsonl", [chain])
+    return ["examples", "--chains", str(folder / "chains.jsonl"), "--workdir", str(folder / "run")]
+
+
+def fails(capsys: pytest.CaptureFixture[str], *words: str, code: int = 2) -> str:
+    """The message of a command that must fail, run in this process."""
+    with pytest.raises(SystemExit) as caught:
+        cli.main(list(words))
+    assert caught.value.code == code
+    return capsys.readouterr().err
+
+
+def test_folders_and_files_in_the_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = small_run(tmp_path)
+    (tmp_path / "run").write_text("a file")
+    words[-1] = str(tmp_path / "run" / "deeper")
+    assert f"{words[-1]}: a part of this path is a file" in fails(capsys, *words)
+    partial = tmp_path / "other" / "examples.jsonl.partial"
+    partial.mkdir(parents=True)
+    words[-1] = str(partial.parent)
+    assert f"{partial}: there is a folder where a file is needed" in fails(capsys, *words)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "expected"),
+    [
+        (PermissionError(errno.EACCES, "no", "/there"), 2, "error: /there: permission denied"),
+        (OSError(errno.ENOSPC, "full"), 1, "error: the disk is full: free space at {workdir} and run the same command"),
+        (OSError(errno.ENOSPC, "full", "/there"), 1, "error: the disk is full: free space at /there and run"),
+    ],
+    ids=["permission", "full", "full-with-path"],
+)
+def test_errors_of_the_disk(
+    error: OSError,
+    code: int,
+    expected: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(_: object) -> NoReturn:
+        raise error
+
+    monkeypatch.setattr(examples, "main", fail)
+    message = fails(capsys, *small_run(tmp_path), code=code)
+    assert message.startswith(expected.format(workdir=tmp_path / "run"))
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "broken"), ConnectionResetError(), KeyError("bug")], ids=repr)
+def test_other_errors_keep_their_traceback(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> NoReturn:
+        raise error
+
+    monkeypatch.setattr(examples, "main", fail)
+    with pytest.raises(type(error)) as caught:
+        cli.main(small_run(tmp_path))
+    assert caught.value is error
+
+
+@pytest.mark.parametrize("message", [r"a \[b] [/] [bold]x[/bold] \\[B, T] :smile:", "[", r"ends in \ "])
+def test_messages_are_printed_as_they_are(message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli._fail(message, 2)
+    assert capsys.readouterr().err == f"error: {message}\n"
+
+
+def test_an_empty_file_of_chains_and_lost_requests(tmp_path: Path) -> None:
+    (tmp_path / "chains.jsonl").touch()
+    words = ("--chains", str(tmp_path / "chains.jsonl"), "--workdir", str(tmp_path / "run"))
+    check("examples", *words, expected=("chains.jsonl: holds no chain",))
+    (tmp_path / "problems.jsonl").write_text('{"id": "a", "problem": "1 + 1?", "answer": "2"}\n')
+    words = ("--problems", str(tmp_path / "problems.jsonl"), "--workdir", str(tmp_path / "run"))
+    teacher = ("--teacher.base-url", "http://127.0.0.1:9/v1", "--teacher.attempt-limit", "1")
+    done = jaxdistill("collect", *words, *teacher)
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "collect: 0 verified, 0 wrong, 0 truncated, 1 failed" in done.stderr
+    assert "1 of 1 requests have no answer yet, most often because of: no connection" in done.stderr
+
+
 def test_help_lists_fields_with_their_units() -> None:
     done = jaxdistill("train", "--help")
     assert done.returncode == 0
@@ -65,3 +201,9 @@ def test_help_lists_the_commands() -> None:
     assert done.returncode == 0
     for command in ("demo", "collect", "train", "sample", "evaluate", "export"):
         assert command in done.stdout
+
+
+def test_two_processes_do_not_share_a_run_folder(recipe: Path, tmp_path: Path) -> None:
+    with manifest.held(tmp_path / "run"):
+        check("train", str(recipe), expected=("in use by another process",))
+    assert not (tmp_path / "run").exists()

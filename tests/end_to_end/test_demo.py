@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jaxdistill.local_teacher.server import TeacherOptions, running_teacher
+
 SIZES = {"train": 60, "reformat": 12, "heldout": 6}
 SMALL = [word for name, count in SIZES.items() for word in (f"--{name}-problems", str(count))] + ["--samples", "2"]
 
@@ -61,10 +63,9 @@ def test_report_is_one_offline_page(run: Path) -> None:
 def test_export_loads_in_transformers_with_the_same_logits(run: Path) -> None:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    import jax
     import tiny
 
-    from jaxdistill import export, hf
+    from jaxdistill import export, hf, sharding
 
     model = transformers.AutoModelForCausalLM.from_pretrained(run / "export", dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(run / "export")
@@ -74,7 +75,7 @@ def test_export_loads_in_transformers_with_the_same_logits(run: Path) -> None:
         theirs = model(torch.from_numpy(ids).long()).logits.numpy()
     with tiny.mesh():
         params, config = hf.load(run / "export")
-        ours = np.asarray(export.logits(params, jax.numpy.asarray(ids), config))
+        ours = np.asarray(export.logits(params, sharding.put(ids, "BT"), config))
     assert np.abs(ours - theirs).max() < 1e-4 * np.abs(theirs).max()
 
 
@@ -83,6 +84,17 @@ def test_a_finished_demo_runs_again_without_work(run: Path) -> None:
     done = jaxdistill("demo", "--workdir", str(run), "--answers-only", *SMALL)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (run / "teacher_log.jsonl").read_text() == before
+
+
+def test_a_named_teacher_at_an_url_is_asked_instead(tmp_path: Path) -> None:
+    """What `--teacher` does at a real API, against the local teacher's server."""
+    log = tmp_path / "log.jsonl"
+    with running_teacher(TeacherOptions(log=log)) as url:
+        words = ["--teacher", "some-model", "--base-url", url, "--workdir", str(tmp_path / "run")]
+        done = jaxdistill("demo", *words, *SMALL)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "72 calls of at most 4096 output tokens" in done.stderr
+    assert len(log.read_text().splitlines()) == 72
 
 
 def test_other_settings_in_the_same_folder_are_refused(run: Path) -> None:

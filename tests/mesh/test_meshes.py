@@ -163,9 +163,9 @@ def test_mesh_that_does_not_fit_the_model():
 
 def test_rows_that_the_mesh_cannot_split():
     with pytest.raises(UserError, match=r"4 rows at a time .* make them a multiple of 8"):
-        train.check_mesh_rows(MeshConfig(data=2, fsdp=4), 4, 64)
+        train.check_mesh_rows(MeshConfig(fsdp=4).sizes(), 4, 64)
     with pytest.raises(UserError, match=r"row_tokens 60 is not a multiple of mesh.context 8"):
-        train.check_mesh_rows(MeshConfig(context=8), 4, 60)
+        train.check_mesh_rows(MeshConfig(context=8).sizes(), 4, 60)
 
 
 def test_build_covers_all_devices():

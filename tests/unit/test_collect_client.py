@@ -1,18 +1,22 @@
 """The parts of collection that need no server: addresses, waits, reasoning fields, the ledger, the config's checks."""
 
 import asyncio
+import contextlib
 import dataclasses
 import email.utils
+import errno
+import http.server
 import json
 import sqlite3
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from jaxdistill.collect.client import Client, TeacherConfig, read_key, retry_after_s
+from jaxdistill.collect.client import Client, TeacherConfig, fulfil, read_key, retry_after_s
 from jaxdistill.collect.ledger import Failure, Ledger, Response
 from jaxdistill.collect.prompting import COLLECT_PROMPTS, fill, read_prompt
 from jaxdistill.collect.reply import UnreadableReply, join_reasoning, read_reply, split_reasoning
@@ -98,6 +102,7 @@ def test_counts_that_are_no_numbers_count_nothing():
     usage = {"prompt_tokens": "x", "completion_tokens": 3, "completion_tokens_details": None}
     raw = json.dumps({"choices": [{"message": {"content": "4"}, "finish_reason": "stop"}], "usage": usage}).encode()
     assert read_reply(raw).usage == Usage(output_tokens=3)
+    assert read_reply(raw.replace(b'"x"', b"1e999").replace(b": 3", b": NaN")).usage == Usage()
 
 
 def test_the_ledger_keeps_raw_bytes_and_asks_only_for_what_is_open(tmp_path: Path):
@@ -119,6 +124,76 @@ def test_the_ledger_keeps_raw_bytes_and_asks_only_for_what_is_open(tmp_path: Pat
         assert ledger.result(requests[1].key) == Failure(detail="HTTP 400: no", permanent=True, attempts=1)
         with pytest.raises(sqlite3.IntegrityError):  # an answer is never overwritten
             ledger.finish(requests[0].key, Response(raw=b"", request_id="", received=6.0))
+
+
+def test_half_a_surrogate_pair_is_recorded_and_refused_without_being_sent(tmp_path: Path):
+    request = TEACHER.request(({"role": "user", "content": "half an emoji: \ud83d, and é"},))
+    assert request.key == "0d81b9edd3e54f9cc4e7bbe8c1c964dde631d7bead05459798cdb5edb6c94103"  # ledgers on disk hold it
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        asyncio.run(fulfil(TEACHER, ledger, {request.key: request}, lambda: None))
+        failure = ledger.result(request.key)
+    assert isinstance(failure, Failure)
+    assert failure.permanent
+    assert "surrogates not allowed" in failure.detail
+    with contextlib.closing(sqlite3.connect(tmp_path / "ledger.sqlite")) as database:
+        (body,) = database.execute("SELECT body FROM requests").fetchone()
+    assert json.loads(body) == request.body
+
+
+def test_a_full_disk_is_told_from_a_broken_ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    request = TEACHER.request(MESSAGES)
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        ledger.record([request])
+        (pages,) = ledger._database.execute("PRAGMA page_count").fetchone()
+        ledger._database.execute(f"PRAGMA max_page_count = {pages}")
+        with pytest.raises(OSError, match=r"ledger\.sqlite") as caught:
+            ledger.finish(request.key, Response(raw=b"x" * 100_000, request_id="", received=5.0))
+        assert caught.value.errno == errno.ENOSPC
+        assert ledger.pending() == {request.key}
+
+        def fail(*_: object) -> None:
+            raise OSError(errno.ENOSPC, "full")
+
+        monkeypatch.setattr(ledger, "fail", fail)
+        with pytest.raises(OSError, match="full"):  # not in an exception group
+            asyncio.run(fulfil(dataclasses.replace(TEACHER, attempt_limit=1), ledger, {request.key: request}, print))
+
+
+@pytest.mark.parametrize("body", [b"<html>sk-very-secret-1234 busy</html>", b'{"error": {"message": "busy"}}'])
+def test_a_success_without_a_completion_is_asked_again(body: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret-1234")
+    completion = json.dumps({"choices": [{"message": {"content": "4"}, "finish_reason": "stop"}]}).encode()
+    bodies = [body, body, body, completion]
+
+    class Proxy(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            sent = bodies.pop(0)
+            self.send_response(200)
+            self.send_header("content-length", str(len(sent)))
+            self.end_headers()
+            self.wfile.write(sent)
+
+        def log_message(self, format: str, *args: object) -> None: ...
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as server:
+        threading.Thread(target=server.serve_forever).start()
+        url = f"http://127.0.0.1:{server.server_port}/v1"
+        teacher = dataclasses.replace(TEACHER, base_url=url, attempt_limit=2, backoff_s=0.0)
+        request = teacher.request(MESSAGES)
+        with Ledger(tmp_path / "ledger.sqlite") as ledger:
+            asyncio.run(fulfil(teacher, ledger, {request.key: request}, lambda: None))
+            failure = ledger.result(request.key)
+            assert isinstance(failure, Failure)
+            assert not failure.permanent
+            assert "HTTP 200, but not a chat completion" in failure.detail
+            assert "busy" in failure.detail
+            assert "secret" not in failure.detail
+            asyncio.run(fulfil(teacher, ledger, {request.key: request}, lambda: None))
+            response = ledger.result(request.key)
+            assert isinstance(response, Response)
+            assert response.raw == completion
+        server.shutdown()
 
 
 def test_one_process_at_a_time_holds_a_ledger(tmp_path: Path):
@@ -191,6 +266,7 @@ def test_the_key_is_cut_out_of_what_the_server_echoes(monkeypatch: pytest.Monkey
 
     async def echo() -> bytes:
         async with Client(TEACHER) as client:
+            assert client._excerpt(b" " * 490 + b"sk-very-secret-1234") == " " * 490 + "[key]"
             return client._without_key(b"you sent sk-very-secret-1234")
 
     assert asyncio.run(echo()) == b"you sent [key]"

@@ -17,12 +17,13 @@ import pytest
 
 from jaxdistill.collect.client import TeacherConfig
 from jaxdistill.collect.run import CollectConfig, Receipt, main
+from jaxdistill.curate import examples
 from jaxdistill.curate.examples import answers_only, chains_to_examples
-from jaxdistill.errors import UserError
+from jaxdistill.errors import RunError, UserError
 from jaxdistill.local_teacher.answers import Faults, body_hash
 from jaxdistill.local_teacher.problems import generate
 from jaxdistill.local_teacher.server import TeacherOptions, running_teacher
-from jaxdistill.records import Chain, Problem, read_jsonl, write_jsonl
+from jaxdistill.records import Chain, Example, Problem, read_jsonl, write_jsonl
 
 FAULTS = Faults(rate_limited=0.08, server_error=0.05, truncated=0.08, wrong=0.1)
 
@@ -37,7 +38,7 @@ def log_entries(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_verified_chains_and_a_receipt_for_every_other(tmp_path: Path):
+def test_verified_chains_and_a_receipt_for_every_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     problems = generate("all", 150, seed=0, split="train")
     open_problem = Problem(id="open", problem="Is P equal to NP?")
     log = tmp_path / "log.jsonl"
@@ -53,6 +54,9 @@ def test_verified_chains_and_a_receipt_for_every_other(tmp_path: Path):
             "unverifiable": 1,
         }
         assert sum(counts.values()) == 151
+        printed = capsys.readouterr().err
+        assert f"collect: {counts['verified']} verified, " in printed
+        assert f"kept in {config.workdir / 'chains.jsonl'}" in printed
         written = {name: (config.workdir / name).read_bytes() for name in ("chains.jsonl", "dropped.jsonl")}
         assert main(config) == counts  # nothing is asked again, and the same bytes are written
         assert len(log_entries(log)) == sum(outcomes.values())
@@ -112,13 +116,18 @@ def test_refused_requests_are_sent_once_and_lost_ones_again(tmp_path: Path):
     with running_teacher(TeacherOptions(log=log)) as base_url:
         config = config_for(tmp_path, base_url, problems, extra={"top_k": 5}, temperature=2.5)
         for _ in range(2):
-            assert main(config)["failed"] == 4
+            with pytest.raises(
+                RunError, match=r"nothing was kept \(0 verified, 0 wrong, 0 truncated, 4 failed.* HTTP 400"
+            ):
+                main(config)
         assert [entry["status"] for entry in log_entries(log)] == [400] * 4
     receipt = next(read_jsonl(config.workdir / "dropped.jsonl", Receipt))
     assert "HTTP 400" in receipt.detail
     assert "temperature is 2.5" in receipt.detail
     lost = dataclasses.replace(config.teacher, temperature=None, attempt_limit=2)  # the server is gone by now
-    assert main(dataclasses.replace(config, teacher=lost))["failed"] == 4
+    with pytest.raises(RunError, match=r"4 of 4 requests have no answer .*no connection.*run the same command again"):
+        main(dataclasses.replace(config, teacher=lost))
+    assert json.loads((config.workdir / "manifest.json").read_text())["counts"]["failed"] == 4
     receipt = next(read_jsonl(config.workdir / "dropped.jsonl", Receipt))
     assert "no connection" in receipt.detail
     assert "2 attempts" in receipt.detail
@@ -132,7 +141,8 @@ def test_a_server_that_always_fails_is_given_up_after_the_attempt_limit(tmp_path
     with running_teacher(TeacherOptions(faults=Faults(server_error=1.0), log=log)) as base_url:
         config = config_for(tmp_path, base_url, generate("turns", 2, seed=1, split="train"))
         teacher = dataclasses.replace(config.teacher, attempt_limit=3, backoff_s=0.01)
-        assert main(dataclasses.replace(config, teacher=teacher))["failed"] == 2
+        with pytest.raises(RunError, match=r"2 of 2 requests have no answer .*HTTP 500"):
+            main(dataclasses.replace(config, teacher=teacher))
     assert [entry["status"] for entry in log_entries(log)] == [500] * 6
 
 
@@ -249,13 +259,31 @@ def test_bad_problem_files_are_named_before_anything_is_sent(tmp_path: Path):
         dataclasses.replace(config, verify_timeout_s=0.0)
 
 
-def test_chains_become_examples_in_one_format(tmp_path: Path):
+def test_problems_without_answers_give_a_reason_and_no_success(tmp_path: Path):
+    config = config_for(tmp_path, "http://127.0.0.1:9/v1", [Problem(id="open", problem="?")])
+    with pytest.raises(RunError, match=r"nothing was kept .*1 unverifiable.*no gold answer"):
+        main(config)
+    chains, receipts = config.workdir / "chains.jsonl", config.workdir / "dropped.jsonl"
+    assert [receipt.problem_id for receipt in read_jsonl(receipts, Receipt)] == ["open"]
+    with pytest.raises(UserError, match=r"chains\.jsonl: holds no chain"):
+        examples.main(examples.ExamplesConfig(chains=chains, workdir=tmp_path / "examples"))
+    assert not (tmp_path / "examples").exists()
+
+
+def test_chains_become_examples_in_one_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     problems = generate("all", 3, seed=6, split="train")
     with running_teacher() as base_url:
         config = config_for(tmp_path, base_url, problems)
         main(config)
+    folder = tmp_path / "examples"
+    assert examples.main(examples.ExamplesConfig(chains=config.workdir / "chains.jsonl", workdir=folder)) == 3
+    assert (
+        f"examples: 3 from {config.workdir / 'chains.jsonl'} in {folder / 'examples.jsonl'}" in capsys.readouterr().err
+    )
     chains = list(read_jsonl(config.workdir / "chains.jsonl", Chain))
-    for problem, chain, example in zip(problems, chains, chains_to_examples(chains), strict=True):
+    rows = list(read_jsonl(folder / "examples.jsonl", Example))
+    assert rows == list(chains_to_examples(chains))
+    for problem, chain, example in zip(problems, chains, rows, strict=True):
         user, assistant = example.messages
         thought, content = chain.messages[-1]["reasoning_content"], chain.messages[-1]["content"]
         assert user == {"role": "user", "content": problem.problem}
@@ -263,7 +291,7 @@ def test_chains_become_examples_in_one_format(tmp_path: Path):
         assert example.provenance == (chain.id,)
     silent = dataclasses.replace(chains[0], messages=({"role": "assistant", "content": "4"},))
     assert next(chains_to_examples([silent])).messages[-1]["content"] == "4"
-    examples = list(answers_only(problems))
-    assert [e.messages[-1]["content"] for e in examples] == [f"\\boxed{{{p.answer}}}" for p in problems]
+    alone = list(answers_only(problems))
+    assert [e.messages[-1]["content"] for e in alone] == [f"\\boxed{{{p.answer}}}" for p in problems]
     with pytest.raises(UserError, match="has no answer"):
         list(answers_only([Problem(id="open", problem="?")]))

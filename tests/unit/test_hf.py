@@ -149,7 +149,7 @@ def test_folder_without_config_or_weights(tmp_path: Path, folder: Path):
         ("{", "config.json is not valid JSON"),
         ("[]", "config.json holds a JSON list, expected an object"),
         (json.dumps({**HF, "model_type": "mamba"}), f"model_type 'mamba'; implemented are {', '.join(FAMILIES)}"),
-        (json.dumps({"hidden_size": 3}), "model_type 'None'"),
+        (json.dumps({"hidden_size": 3}), "config.json has no model_type"),
         (json.dumps({"model_type": "llama", "hidden_size": 3}), "vocab_size is missing; intermediate_size is missing"),
         (json.dumps({**HF, "hidden_act": "gelu"}), "hidden_act is 'gelu', implemented is 'silu'"),
         (json.dumps({**HF, "use_sliding_window": True}), "use_sliding_window is True, implemented is False"),

@@ -9,7 +9,7 @@ import pytest
 from jaxdistill.collect.client import TeacherConfig
 from jaxdistill.collect.run import Receipt
 from jaxdistill.curate.reformat import ReformatConfig, main
-from jaxdistill.errors import UserError
+from jaxdistill.errors import RunError, UserError
 from jaxdistill.local_teacher.answers import Faults
 from jaxdistill.local_teacher.problems import generate
 from jaxdistill.local_teacher.server import TeacherOptions, running_teacher
@@ -17,7 +17,7 @@ from jaxdistill.records import Example, Problem, read_jsonl, write_jsonl
 from jaxdistill.verify import extract_answer
 
 
-def test_rewrites_are_finished_right_and_longer(tmp_path: Path):
+def test_rewrites_are_finished_right_and_longer(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     problems = generate("all", 120, seed=0, split="train")
     bare = dataclasses.replace(problems[1], id="bare", solution=None)
     open_problem = Problem(id="open", problem="?", solution="who knows")
@@ -31,6 +31,7 @@ def test_rewrites_are_finished_right_and_longer(tmp_path: Path):
         asked = len(log.read_text().splitlines())
         assert main(config) == counts
         assert len(log.read_text().splitlines()) == asked
+    assert f"reformat: {counts['kept']} kept, " in capsys.readouterr().err
     assert counts["unverifiable"] == 2
     assert counts["wrong"] > 3
     assert counts["truncated"] > 3
@@ -62,6 +63,16 @@ def test_rewrites_that_are_not_longer_than_the_original_are_dropped(tmp_path: Pa
     (receipt,) = read_jsonl(config.workdir / "dropped.jsonl", Receipt)
     assert (receipt.problem_id, receipt.reason) == ("wordy", "not_longer")
     assert receipt.detail.endswith("the original has 650")
+
+
+def test_lost_requests_end_the_command_after_everything_is_written(tmp_path: Path):
+    write_jsonl(tmp_path / "problems.jsonl", generate("turns", 2, seed=0, split="train"))
+    teacher = TeacherConfig(base_url="http://127.0.0.1:9/v1", attempt_limit=1)
+    config = ReformatConfig(problems=tmp_path / "problems.jsonl", workdir=tmp_path / "run", teacher=teacher)
+    with pytest.raises(RunError, match=r"2 of 2 requests have no answer .*no connection.*run the same command again"):
+        main(config)
+    assert json.loads((config.workdir / "manifest.json").read_text())["counts"]["failed"] == 2
+    assert len(list(read_jsonl(config.workdir / "dropped.jsonl", Receipt))) == 2
 
 
 def test_prompts_are_checked(tmp_path: Path):

@@ -20,7 +20,7 @@ class Task:
     name: str
     problems_from: Callable[[Path], list[Problem]]  # reads a local file; UserError where it is not this task's
     prompt: str  # template: {problem} is replaced, other braces stay
-    grader: str  # name of the function that judges an output; recorded in every Score
+    grader: str  # name in GRADERS of evaluate/grade.py; recorded in every Score
     metric: str  # the headline number
     licence: str
     why: str  # why the benchmark was chosen: the transparency index asks

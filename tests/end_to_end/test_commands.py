@@ -1,0 +1,222 @@
+"""evaluate, sample and export on a tiny model: what they take up again, what they refuse, what they leave alone."""
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+
+from jaxdistill import export
+from jaxdistill.checkpoint import Checkpoints, fingerprint, keep_base
+from jaxdistill.data import chat
+from jaxdistill.errors import UserError
+from jaxdistill.evaluate import run as evaluate
+from jaxdistill.evaluate.grade import grade
+from jaxdistill.sample import run as sample
+from jaxdistill.sample.choose import SamplingConfig
+from jaxdistill.verify import Verifier
+
+HF = tiny.hf_config("qwen3", vocab_size=512)  # the tokenizer has 263 tokens
+C = tiny.config("qwen3", vocab_size=512)
+SAMPLING = SamplingConfig(temperature=1.0, max_new_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_folder(tmp_path_factory.mktemp("hf") / "hf", HF, tiny.values(C), C, with_tokenizer=True)
+
+
+@pytest.fixture(scope="module")
+def finished(model: Path, tmp_path_factory: pytest.TempPathFactory) -> evaluate.EvaluateConfig:
+    """An evaluation of three problems, two samples each, that ran to its end."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    rows = [{"id": str(i), "problem": f"{i}+{i}", "answer": str(2 * i)} for i in range(3)]
+    (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = evaluate.EvaluateConfig(
+        workdir=folder / "run",
+        model=model,
+        task="problems",
+        path=folder / "problems.jsonl",
+        samples=2,
+        sampling=SAMPLING,
+        slots=3,  # rounded up to the 8 devices
+        compute_dtype="float32",
+    )
+    evaluate.main(config)
+    return config
+
+
+@pytest.fixture
+def config(finished: evaluate.EvaluateConfig, tmp_path: Path) -> evaluate.EvaluateConfig:
+    """The finished evaluation in a folder of the test's own; the model is shared."""
+    shutil.copytree(finished.workdir.parent, tmp_path / "evaluate")
+    return dataclasses.replace(
+        finished, workdir=tmp_path / "evaluate" / "run", path=tmp_path / "evaluate" / "problems.jsonl"
+    )
+
+
+def no_sampling(*_: object) -> None:
+    pytest.fail("nothing was left to sample")
+
+
+def test_a_finished_evaluation_samples_nothing(config: evaluate.EvaluateConfig, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(evaluate, "_sample", no_sampling)
+    assert evaluate.main(config).accuracy.n_samples == 6
+    written = json.loads((config.workdir / "manifest.json").read_text())
+    assert written["model"] == fingerprint(config.model)
+    assert {score.grader for _, score in evaluate.read_completions(config.workdir)} == {"boxed_math"}
+
+
+def test_evaluate_goes_on_after_a_torn_line(
+    config: evaluate.EvaluateConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    path = config.workdir / "completions.jsonl"
+    before = path.read_bytes().splitlines(keepends=True)
+    assert len(before) == 6
+    path.write_bytes(b"".join(before[:4]) + before[4][:-9])
+    asked: list[str] = []
+    sampled = evaluate._sample
+
+    def spy(plan: evaluate._Plan, left: dict) -> object:
+        asked.extend(left)
+        return sampled(plan, left)
+
+    monkeypatch.setattr(evaluate, "_sample", spy)
+    evaluate.main(config)
+    assert sorted(asked) == sorted(json.loads(line)["id"] for line in before[4:])
+    after = path.read_bytes().splitlines(keepends=True)
+    assert after[:4] == before[:4]
+    assert sorted(after) == sorted(before)  # what was lost is drawn again as it was
+    assert "tokens/s" in capsys.readouterr().err
+
+
+def change_problem(config: evaluate.EvaluateConfig) -> evaluate.EvaluateConfig:
+    config.path.write_text(config.path.read_text().replace('"1+1"', '"1+01"'))
+    return config
+
+
+def change_answer(config: evaluate.EvaluateConfig) -> evaluate.EvaluateConfig:
+    config.path.write_text(config.path.read_text().replace('"answer": "2"', '"answer": "3"'))
+    return config
+
+
+def change_weights(config: evaluate.EvaluateConfig) -> evaluate.EvaluateConfig:
+    """Other weights under the same path."""
+    path = config.model / "model.safetensors"
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+    return config
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (change_problem, "problems"),
+        (change_answer, "problems"),
+        (lambda c: dataclasses.replace(c, limit=2), "problems"),
+        (change_weights, "model"),
+        (lambda c: dataclasses.replace(c, samples=1), "settings"),
+        (lambda c: dataclasses.replace(c, seed=1), "settings"),
+        (lambda c: dataclasses.replace(c, prompt="{problem}"), "settings"),
+        (lambda c: change_problem(dataclasses.replace(c, compute_dtype="bfloat16")), "problems, settings"),
+    ],
+    ids=["problem", "answer", "limit", "weights", "samples", "seed", "prompt", "two"],
+)
+def test_evaluate_refuses_completions_of_something_else(
+    config: evaluate.EvaluateConfig,
+    change: Callable[[evaluate.EvaluateConfig], evaluate.EvaluateConfig],
+    named: str,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(evaluate, "_sample", no_sampling)
+    weights = config.model / "model.safetensors"
+    written, kept = weights.stat().st_mtime_ns, (config.workdir / "config.json").read_bytes()
+    try:
+        with pytest.raises(UserError, match=rf"changes to: {named} \(for example problems/"):
+            evaluate.main(change(config))
+    finally:
+        os.utime(weights, ns=(written, written))
+    assert (config.workdir / "config.json").read_bytes() == kept
+
+
+def test_an_unknown_grader_is_refused():
+    with (
+        pytest.raises(UserError, match=r"no grader is named 'judge'; expected one of \['boxed_math'\]"),
+        Verifier() as v,
+    ):
+        grade([], {}, v, "judge")
+
+
+def test_sample_writes_and_prints_text_with_brackets(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    text = "[/INST] [a, b] [red]x[/red] :smile:"
+    load = chat.load_tokenizer
+
+    def tokenizer_of_brackets(folder: Path) -> object:
+        tokenizer = load(folder)
+        tokenizer.decode = lambda *_, **__: text
+        return tokenizer
+
+    monkeypatch.setattr(chat, "load_tokenizer", tokenizer_of_brackets)
+    config = sample.SampleConfig(
+        workdir=tmp_path, model=model, prompts=("1+1", "[/b]"), sampling=SAMPLING, compute_dtype="float32", slots=3
+    )
+    rows = sample.main(config)
+    assert [row["text"] for row in rows] == [text] * 2
+    assert json.loads((tmp_path / "samples.json").read_text()) == rows
+    assert capsys.readouterr().out.splitlines()[1::2] == [text] * 2
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("manifest", [None, "{", "[]", '{"command": "train"}'])
+def test_export_leaves_a_foreign_folder_alone(model: Path, tmp_path: Path, manifest: str | None):
+    (tmp_path / "model-00001-of-00002.safetensors").write_text("someone's weights")
+    if manifest is not None:
+        (tmp_path / "manifest.json").write_text(manifest)
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match="holds files that no export wrote"):
+        export.main(export.ExportConfig(workdir=tmp_path, model=model))
+    assert contents(tmp_path) == before
+
+
+def test_export_takes_its_own_folder_again_even_cut_off(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config = export.ExportConfig(workdir=tmp_path / "out", model=model, verify_tokens=8)
+    config.workdir.mkdir()  # empty is as good as new
+
+    def cut_off(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(export, "verify", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            export.main(config)
+    cut = json.loads((config.workdir / "manifest.json").read_text())
+    assert (cut["command"], cut["verified"]) == ("export", False)
+    export.main(config)
+    written = json.loads((config.workdir / "manifest.json").read_text())
+    assert (written["verified"], written["model"]) == (True, fingerprint(model))
+    assert written["settings"]["verify_tokens"] == 8
+
+
+def test_a_fingerprint_tells_steps_and_changed_files_apart(model: Path, tmp_path: Path):
+    keep_base(model, tmp_path)
+    with tiny.mesh():
+        checkpoints = Checkpoints(tmp_path)
+        for step in (2, 4):
+            checkpoints.save(step, {"params": tiny.put(tiny.values(C), C)}, {})
+        checkpoints.close()
+    newest = fingerprint(tmp_path)
+    assert newest.startswith("step 4 sha256:")
+    assert newest == fingerprint(tmp_path, 4) != fingerprint(tmp_path, 2)
+    file = next(path for path in sorted((tmp_path / "checkpoints" / "4").rglob("*")) if path.is_file())
+    os.utime(file, ns=(0, 0))
+    assert fingerprint(tmp_path) != newest
+    with pytest.raises(UserError, match=r"no checkpoint of step 3; found \[2, 4\]"):
+        fingerprint(tmp_path, 3)
