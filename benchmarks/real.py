@@ -11,7 +11,6 @@ import importlib.util
 import json
 import platform
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,11 @@ import smollm2
 
 from jaxdistill import export, manifest, metrics, records, runtime, train
 from jaxdistill.curate.examples import example
+from jaxdistill.data import loader
 from jaxdistill.errors import UserError
 from jaxdistill.evaluate import run as evaluate
 from jaxdistill.evaluate.grade import Summary
+from jaxdistill.evaluate.statistics import PairedTest, mcnemar
 from jaxdistill.evaluate.tasks import BOXED_PROMPT
 from jaxdistill.records import Example, Problem
 from jaxdistill.sample.choose import SamplingConfig
@@ -36,8 +37,8 @@ HELDOUT_SHARE = 20  # one chain of 20 is held out
 SAMPLING = SamplingConfig(temperature=0.6, top_k=50, top_p=0.95, max_new_tokens=2048)
 
 
-def chains(verifier: Verifier, counts: dict[str, int]) -> Iterator[Example]:
-    """The chains whose boxed answer is right, as they are: none is cut."""
+def chains(verifier: Verifier, counts: dict[str, int], dropped: list[dict[str, str]]) -> Iterator[Example]:
+    """The chains whose boxed answer is right, as they are: none is cut. The others leave a receipt in `dropped`."""
     for name in SETS:
         for _, row in records.read_json_objects(DATA / "long_thought" / f"{name}.jsonl"):
             verdict = verifier.verify(row["response"], row["answer"])
@@ -46,6 +47,8 @@ def chains(verifier: Verifier, counts: dict[str, int]) -> Iterator[Example]:
             if verdict.label == "correct":
                 asked = BOXED_PROMPT.replace("{problem}", row["problem"])
                 yield example(Problem(id=row["id"], problem=asked), row["response"], suffix="chain")
+            else:
+                dropped.append({"id": row["id"], "reason": f"{verdict.label}: {verdict.rule}"})
 
 
 def prepare(run: Path) -> dict[str, int]:
@@ -54,7 +57,9 @@ def prepare(run: Path) -> dict[str, int]:
     if not done.is_file():
         counts: dict[str, int] = {}
         with Verifier() as verifier:
-            rows = list(chains(verifier, counts))
+            dropped: list[dict[str, str]] = []
+            rows = list(chains(verifier, counts, dropped))
+        loader.write_receipts(run / "dropped.jsonl", dropped)
         held = [int(hashlib.sha256(r.id.encode()).hexdigest(), 16) % HELDOUT_SHARE == 0 for r in rows]
         counts["train"] = records.write_jsonl(
             run / "examples.jsonl", (r for r, h in zip(rows, held, strict=True) if not h)
@@ -99,12 +104,26 @@ def main() -> None:
     run = config.workdir.parent
     base = smollm2.folder(config.model)
     counts = prepare(run)
-    started = time.monotonic()
+    history = manifest.History(run)
     phases = train.main(config)
     trained = config.workdir / config.phases[0].name
-    before, after = score(run, "before", base), score(run, "after", trained)
+    history.keep()
+    before = score(run, "before", base)
+    history.keep()
+    after = score(run, "after", trained)
     error = export.main(export.ExportConfig(workdir=run / "export", model=trained))
-    write(counts, phases, metrics.read(trained), before, after, error, time.monotonic() - started)
+    history.keep()
+    pairs = {task: paired(run, task) for task in TASKS}
+    write(counts, phases, metrics.read(trained), before, after, pairs, error, history)
+
+
+def paired(run: Path, task: str) -> PairedTest:
+    """Exact McNemar test of the same problems before and after."""
+    right = []
+    for stage in ("before", "after"):
+        rows = evaluate.read_completions(run / "evaluate" / stage / task)
+        right.append([score.verdict.label == "correct" for _, score in sorted(rows, key=lambda row: row[0].id)])
+    return mcnemar(*right)
 
 
 def write(
@@ -113,8 +132,9 @@ def write(
     rows: list[dict[str, float]],
     before: dict[str, Summary],
     after: dict[str, Summary],
+    pairs: dict[str, PairedTest],
     error: float,
-    wall_s: float,
+    history: manifest.History,
 ) -> None:
     """The measured table, for people and for programs."""
     [phase] = phases.values()
@@ -123,7 +143,7 @@ def write(
     trained_tokens = int(sum(row["loss_tokens"] for row in steps))
     rate = sorted(row["tokens_per_s"] for row in steps)[len(steps) // 2]
     facts = {
-        "commit": manifest.commit(),
+        "commit": ", ".join(history.commits),
         "command": "make real",
         "device": f"{platform.machine()} CPU, float32",
         "chains": counts,
@@ -133,7 +153,7 @@ def write(
         "median tokens/s": round(rate, 1),
         "median MFU": round(sorted(row["mfu"] for row in steps)[len(steps) // 2], 3),
         "export logit error": error,
-        "wall_s of this call": round(wall_s),
+        "wall_s": round(history.wall_s),
         "sampling": dataclasses.asdict(SAMPLING),
     }
     results = {
@@ -155,6 +175,9 @@ def write(
             s = found[task]
             rates = f"{s.truncation_rate:.0%} | {s.no_answer_rate:.0%}"
             lines.append(f"| {task} | {stage} | {s.accuracy} | {s.tokens.average:.0f} | {rates} |")
+    for task, test in pairs.items():
+        lines += ["", f"{task}: {test.first_only} problems only before, {test.second_only} only after; McNemar p = "]
+        lines[-1] += f"{test.p_value:.3f}."
     (ROOT / "benchmarks/results/real.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
 
