@@ -207,7 +207,7 @@ class Run:
         if found is None:
             return
         step, stored = found
-        changed = [name for name, value in origin.items() if stored["origin"].get(name) != value]
+        changed = [name for name, value in origin.items() if stored.get("origin", {}).get(name) != value]
         if changed:
             raise UserError(
                 f"{folder} was trained to step {step} with another value of: {', '.join(changed)}; going on would mix "
