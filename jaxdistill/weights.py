@@ -80,11 +80,6 @@ def is_declared(x: Any) -> bool:
     return isinstance(x, Declared)
 
 
-def specs(tree: Tree) -> Tree:
-    """The storage layout of every weight."""
-    return jax.tree.map(lambda w: sharding.spec(w.dims, sharding.STORAGE), tree, is_leaf=is_declared)
-
-
 def abstract(tree: Tree, dtype: Any = jnp.float32) -> Tree:
     """Every weight's shape, dtype and storage layout on the current mesh, without data."""
     mesh = jax.sharding.get_mesh()

@@ -107,8 +107,7 @@ def values(c: Config, seed: int = 0) -> Any:
 
 def put(host: Any, c: Config) -> decoder.Params:
     """Weights in storage layout on the current mesh."""
-    here = jax.sharding.get_mesh()
-    layouts = jax.tree.map(lambda s: jax.sharding.NamedSharding(here, s), weights.specs(decoder.template(c)))
+    layouts = jax.tree.map(lambda w: w.sharding, weights.abstract(decoder.template(c)))
     return jax.device_put(host, layouts)
 
 
