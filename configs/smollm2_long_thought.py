@@ -16,7 +16,7 @@ RUN = Path("runs/real")
 
 
 def config() -> TrainConfig:
-    """One pass over 400,000 tokens with loss, in rows of 8,192: the model's limit."""
+    """Over 400,000 tokens with loss, each seen once, in rows of 8,192: the model's limit."""
     return TrainConfig(
         workdir=RUN / "train",
         model=RUN / "SmolLM2-135M-Instruct",
@@ -24,7 +24,7 @@ def config() -> TrainConfig:
             Phase(
                 name="long_thought",
                 examples=RUN / "examples.jsonl",
-                steps=64,
+                steps=55,
                 optim=OptimConfig(peak_lr=1e-4, warmup_fraction=0.1),
             ),
         ),
