@@ -39,9 +39,10 @@ def architecture(model_type: str, kv_heads: int) -> Config:
 
 @pytest.fixture(autouse=True, scope="module")
 def _several_chunks():
-    """Queries in chunks of which the last is shorter, and the loss of one device in 4 chunks; compiled in a hurry."""
+    """Attention in blocks that do not divide the row, and the loss of one device in 4 chunks; compiled in a hurry."""
     with pytest.MonkeyPatch.context() as patch, jax.default_matmul_precision("highest"):
-        patch.setattr(attention, "_MIN_QUERY_CHUNK", 40)
+        patch.setattr(attention, "_QUERY_BLOCK", 40)
+        patch.setattr(attention, "_KEY_BLOCK", 24)
         patch.setattr(loss, "_CHUNK_LOGITS", 1)
         jax.config.update("jax_disable_most_optimizations", True)
         yield
