@@ -14,8 +14,8 @@ from jaxdistill.sharding import relayout, spec
 OUTPUT_NAME = "attention_output"  # remat policies save it by this name
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]  # q, k, v -> output and what is kept
 
-_QUERY_BLOCK = 256  # with _KEY_BLOCK: the scores of a block and a head, 512 KiB in float32, stay in a core's cache
-_KEY_BLOCK = 512
+_QUERY_BLOCK = 128  # positions
+_KEY_BLOCK = 256  # positions; in short rows, which hold short documents, a block of queries' worth
 _MASKED = -1e30  # finite: a key that is not to be seen before the first that is leaves no NaN behind
 
 
@@ -39,9 +39,11 @@ def packed_attention(
 def _local(q: Array, k: Array, v: Array, segments: Array, key_segments: Array) -> Array:
     """One device's share: its queries [B, T, N, H] against all keys [B, S, K, H], padded to whole blocks."""
     T, S = q.shape[1], k.shape[1]
-    query_block, key_block = min(T, _QUERY_BLOCK), min(S, _KEY_BLOCK)
+    query_block = min(T, _QUERY_BLOCK)
+    key_block = min(S, _KEY_BLOCK if S >= 8 * _QUERY_BLOCK else _QUERY_BLOCK)
     first_row = jax.lax.axis_index("context") * T
-    visible = _visible(first_row, _pad(segments, query_block, -1), _pad(key_segments, key_block, -2), query_block)
+    padded_segments = _pad(segments, query_block, -1), _pad(key_segments, key_block, -2)
+    visible = _visible(first_row, *padded_segments, query_block, key_block)
     padded = _pad(q, query_block), _pad(k, key_block), _pad(v, key_block)
     return _blockwise(*padded, visible)[:, :T]
 
@@ -61,9 +63,8 @@ class _Visible(NamedTuple):
     key_segments: Int[Array, "S B s"]
 
 
-def _visible(first_row: Array, segments: Array, key_segments: Array, query_block: int) -> _Visible:
+def _visible(first_row: Array, segments: Array, key_segments: Array, query_block: int, key_block: int) -> _Visible:
     S = key_segments.shape[1]
-    key_block = min(S, _KEY_BLOCK)
     rows = rearrange(first_row + jnp.arange(segments.shape[1]), "(Q t) -> Q t", t=query_block)
     begins = jnp.pad(key_segments[:, 1:] != key_segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
     document_start = jax.lax.cummax(jnp.where(begins, jnp.arange(S), 0), axis=1)
