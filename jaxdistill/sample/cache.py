@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
@@ -12,21 +13,25 @@ from jaxdistill.sharding import spec
 
 _KEY_CHUNK = 256  # keys read at a time; the order of additions, so a result's last bits, depends on it alone
 _MASKED = -1e30
+_KEY_DIMS, _VALUE_DIMS = "LBKHS", "LBKSH"
 
 
 @struct.dataclass
 class Cache:
-    """Keys and values of all layers: B slots of S positions each."""
+    """Keys and values of all layers: B slots of S positions each, laid out as attention's two products read them."""
 
-    k: Float[Array, "L B S K H"]
-    v: Float[Array, "L B S K H"]
+    k: Float[Array, "L B K H S"]
+    v: Float[Array, "L B K S H"]
 
 
 def empty(c: Config, slots: int, positions: int, dtype: Any) -> Cache:
     """A cache of zeros on the current mesh; positions are rounded up to whole chunks."""
-    shape = (c.layers, slots, -(-positions // _KEY_CHUNK) * _KEY_CHUNK, c.kv_heads, c.head_dim)
-    make = jax.jit(lambda: jnp.zeros(shape, dtype, out_sharding=spec("LBSKH")))
-    return Cache(k=make(), v=make())
+    sizes = {"L": c.layers, "B": slots, "K": c.kv_heads, "H": c.head_dim, "S": -(-positions // _KEY_CHUNK) * _KEY_CHUNK}
+
+    def zeros(dims: str) -> Array:
+        return jax.jit(lambda: jnp.zeros([sizes[d] for d in dims], dtype, out_sharding=spec(dims)))()
+
+    return Cache(k=zeros(_KEY_DIMS), v=zeros(_VALUE_DIMS))
 
 
 def write_and_attend(
@@ -46,10 +51,11 @@ def write_and_attend(
       live: positions that exist; others are neither stored nor do they lengthen the loop over keys.
     """
     rows, heads = jax.P(*spec("B")), spec("BTNH")
+    stored = spec(_KEY_DIMS), spec(_VALUE_DIMS)
     out, keys, values = jax.shard_map(
         _local,
-        in_specs=(heads, heads, heads, spec("LBSKH"), spec("LBSKH"), jax.P(), rows, spec("BT"), spec("BT")),
-        out_specs=(heads, spec("LBSKH"), spec("LBSKH")),
+        in_specs=(heads, heads, heads, *stored, jax.P(), rows, spec("BT"), spec("BT")),
+        out_specs=(heads, *stored),
         check_vma=False,  # each device runs its loop over keys to its own end
     )(q, k, v, cache.k, cache.v, layer, slots, positions, live)
     return out, Cache(k=keys, v=values)
@@ -59,34 +65,35 @@ def _local(
     q: Array, k: Array, v: Array, keys: Array, values: Array, layer: Array, slots: Array, positions: Array, live: Array
 ) -> tuple[Array, Array, Array]:
     B, T, N, H = q.shape
-    S, K = keys.shape[2:4]
+    K, S = values.shape[2:4]
     at = jnp.where(live, positions, S)  # out of range: dropped
-    keys = keys.at[layer, slots[:, None], at].set(k.astype(keys.dtype), mode="drop")
-    values = values.at[layer, slots[:, None], at].set(v.astype(values.dtype), mode="drop")
-    q_BTKGH = q.reshape(B, T, K, N // K, H)
-
-    def read(cache: Array, i: Array) -> Array:
-        start = (layer, slots[0], i * _KEY_CHUNK, 0, 0)
-        return jax.lax.dynamic_slice(cache, start, (1, B, _KEY_CHUNK, K, H))[0].astype(q.dtype)
+    rows = slots[:, None]
+    keys = keys.at[layer, rows, :, :, at].set(k.astype(keys.dtype), mode="drop")
+    values = values.at[layer, rows, :, at].set(v.astype(values.dtype), mode="drop")
+    q_BKXH = rearrange(q, "B T (K G) H -> B K (G T) H", K=K)
+    last_X = jnp.tile(positions, (1, N // K))[:, None, :, None]  # the last key that each of X = G T queries sees
 
     def body(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         # Online softmax. A chunk with no key to see changes nothing, to the last bit: so a row's result does not
         # depend on how far the loop runs for the sake of longer rows.
         top, total, sums = carry
-        scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, read(keys, i), preferred_element_type=jnp.float32) * H**-0.5
-        visible = (i * _KEY_CHUNK + jnp.arange(_KEY_CHUNK)) <= positions[:, :, None]
-        scores = jnp.where(visible[:, None, None], scores, _MASKED)
+        first = i * _KEY_CHUNK
+        k_BKHs = jax.lax.dynamic_slice(keys, (layer, slots[0], 0, 0, first), (1, B, K, H, _KEY_CHUNK))[0]
+        v_BKsH = jax.lax.dynamic_slice(values, (layer, slots[0], 0, first, 0), (1, B, K, _KEY_CHUNK, H))[0]
+        scores = jnp.einsum("BKXH,BKHs->BKXs", q_BKXH, k_BKHs.astype(q.dtype), preferred_element_type=jnp.float32)
+        visible = first + jnp.arange(_KEY_CHUNK) <= last_X
+        scores = jnp.where(visible, scores * H**-0.5, _MASKED)
         new_top = jnp.maximum(top, scores.max(-1))
-        weights = jnp.where(visible[:, None, None], jnp.exp(scores - new_top[..., None]), 0.0)
+        weights = jnp.where(visible, jnp.exp(scores - new_top[..., None]), 0.0)
         shrink = jnp.exp(top - new_top)
         seen = jnp.einsum(
-            "BKGTS,BSKH->BKGTH", weights.astype(q.dtype), read(values, i), preferred_element_type=jnp.float32
+            "BKXs,BKsH->BKXH", weights.astype(q.dtype), v_BKsH.astype(q.dtype), preferred_element_type=jnp.float32
         )
         return new_top, total * shrink + weights.sum(-1), sums * shrink[..., None] + seen
 
-    shape = (B, K, N // K, T)
-    start = (jnp.full(shape, _MASKED), jnp.zeros(shape), jnp.zeros((*shape, H)))
+    zeros = jnp.zeros(q_BKXH.shape, jnp.float32)
+    start = (zeros[..., 0] + _MASKED, zeros[..., 0], zeros)
     chunks = jnp.max(jnp.where(live, positions, 0)) // _KEY_CHUNK + 1
     _, total, sums = jax.lax.fori_loop(0, chunks, body, start)
     out = (sums / jnp.maximum(total, 1e-30)[..., None]).astype(q.dtype)
-    return jnp.moveaxis(out, 3, 1).reshape(B, T, N, H), keys, values
+    return rearrange(out, "B K (G T) H -> B T (K G) H", T=T), keys, values
