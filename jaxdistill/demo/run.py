@@ -41,16 +41,16 @@ class DemoConfig:
     teacher: str | None = None  # model at a real API, with its key in OPENAI_API_KEY; None starts the local teacher
     base_url: str = "https://api.openai.com/v1"  # of the real API
     seed: int = 0  # of problems, weights, order and sampling
-    train_problems: int = 3200  # asked of the teacher, over all families; each one a paid call at a real API
-    reformat_problems: int = 1200  # of those, the ones whose solution is reformatted too: another call each
+    train_problems: int = 2600  # asked of the teacher, over all families; each one a paid call at a real API
+    reformat_problems: int = 800  # of those, the ones whose solution is reformatted too: another call each
     max_tokens: int = 4096  # output limit of one call, in tokens
     heldout_problems: int = 150  # evaluated
     samples: int = 4  # per held-out problem
     reformatted_epochs: int = 2  # of phase 1
     distilled_epochs: int = 2  # of phase 2
-    peak_lr: float = 3e-3  # of both phases
+    peak_lr: float = 1.5e-3  # of both phases
     row_tokens: int | None = None  # positions in a packed row; by default two of the longest chains
-    batch_rows: int = 8  # rows in an optimizer step
+    batch_rows: int = 2  # rows in an optimizer step: many small steps teach the tables of facts soonest
     answers_only: bool = False  # also train on answers alone for as many steps: what the chains are worth
 
     def __post_init__(self):
