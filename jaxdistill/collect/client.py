@@ -15,13 +15,14 @@ from typing import Any, Literal
 import openai
 
 from jaxdistill.collect.ledger import Failure, Ledger, Request, Response
-from jaxdistill.collect.reply import UnreadableReply, read_reply
+from jaxdistill.collect.reply import NoCompletion, check_completion
 from jaxdistill.errors import UserError
 from jaxdistill.records import Message
 
 _RETRIED = frozenset({408, 409, 429})  # and 5xx; everything else would fail again
 _STOPS = {  # no request of the run can succeed
     401: "the API refuses the key in {key}; set {key} to a valid key",
+    402: "the account of the key in {key} is out of credit; add some, then run the same command again",
     403: "the API forbids this key ({key}) to use the model; ask for access or choose another model",
     404: "the API has no such model or path; check model and base_url",
 }
@@ -182,11 +183,14 @@ class Client:
         return Failure(detail=what, permanent=True)
 
     def _accept(self, body: bytes, headers: Mapping[str, str]) -> Response | tuple[str, float | None]:
-        """An HTTP 200; a proxy's page, or an error that calls itself a success, is no answer: try again."""
+        """An HTTP 200; a proxy's page, or an error that calls itself a success, is no answer: try again.
+
+        Whatever else came was paid for and is kept, even if nothing here can read it.
+        """
         body = self._without_key(body)
         try:
-            read_reply(body)
-        except UnreadableReply as error:
+            check_completion(body)
+        except NoCompletion as error:
             return f"HTTP 200, but {error}: {self._excerpt(body)}", retry_after_s(headers, time.time())
         return Response(raw=body, request_id=headers.get("x-request-id", ""), received=time.time())
 

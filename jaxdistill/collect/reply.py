@@ -8,10 +8,15 @@ from typing import Any, Literal, cast
 from jaxdistill.records import FinishReason, Message, Usage
 
 OPEN, CLOSE = "<think>", "</think>"
+_GAVE_UP = "insufficient_system_resource"  # DeepSeek's word for an answer that its server broke off
 
 
 class UnreadableReply(ValueError):  # noqa: N818
     """The body is not a chat completion that ended in a known way."""
+
+
+class NoCompletion(UnreadableReply):
+    """The body is no chat completion at all, or one that the server itself gave up: nothing to keep."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,19 +72,33 @@ def split_reasoning(message: Mapping[str, Any]) -> tuple[str | None, str]:
     return None, content.strip()
 
 
+def check_completion(raw: bytes) -> tuple[dict[str, Any], dict[str, Any], Any]:
+    """The body of a chat completion, its message and its finish_reason, whatever they hold.
+
+    Raises:
+      NoCompletion: says what was found.
+    """
+    try:
+        body = json.loads(raw)
+        choice = body["choices"][0]
+        message, finish_reason = choice["message"], choice.get("finish_reason")
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        raise NoCompletion(f"not a chat completion ({type(error).__name__}: {error})") from None
+    if not isinstance(message, dict):
+        raise NoCompletion(f"not a chat completion (its message is a {type(message).__name__})")
+    if finish_reason == _GAVE_UP:
+        raise NoCompletion(f"finish_reason is {finish_reason}")
+    return body, message, finish_reason
+
+
 def read_reply(raw: bytes) -> Reply:
     """Parses the body of a chat completion.
 
     Raises:
       UnreadableReply: says what was found.
     """
-    try:
-        body = json.loads(raw)
-        choice = body["choices"][0]
-        message, finish_reason = choice["message"], choice["finish_reason"]
-    except (ValueError, RecursionError, LookupError, TypeError) as error:
-        raise UnreadableReply(f"not a chat completion ({type(error).__name__}: {error})") from None
-    if finish_reason not in ("stop", "length", "content_filter") or not isinstance(message, dict):
+    body, message, finish_reason = check_completion(raw)
+    if finish_reason not in ("stop", "length", "content_filter"):
         raise UnreadableReply(f"finish_reason is {finish_reason!r}, expected stop, length or content_filter")
     reasoning, content = split_reasoning(message)
     return Reply(

@@ -47,14 +47,21 @@ def chains_to_examples(chains: Iterable[Chain]) -> Iterator[Example]:
 
     The assistant's content is `<think>\n{reasoning}\n</think>\n{answer}` where the chain holds reasoning, else the
     answer as it is. System messages, which asked the teacher to think aloud, are left out: the student thinks unasked.
+
+    Raises:
+      UserError: a chain does not end with an answer.
     """
     for chain in chains:
+        if not chain.messages or not {"role", "content"} <= chain.messages[-1].keys():
+            raise UserError(
+                f"chain {chain.id!r} has {len(chain.messages)} messages; expected some, the last with role and content"
+            )
         *prompt, last = chain.messages
         reasoning = last.get("reasoning_content")
         content = last["content"].strip() if reasoning is None else join_reasoning(reasoning, last["content"])
         yield Example(
             id=chain.id,
-            messages=(*(m for m in prompt if m["role"] != "system"), {"role": "assistant", "content": content}),
+            messages=(*(m for m in prompt if m.get("role") != "system"), {"role": "assistant", "content": content}),
             provenance=(chain.id,),
         )
 
