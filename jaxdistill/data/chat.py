@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,7 @@ def end_tokens(tokenizer: Any, folder: Path | None = None) -> list[int]:
 
 
 _PROBE = "probe-answer"
+_THINK_TAG = re.compile("</?think>")
 
 
 def _after_answer(tokenizer: Any, before: Sequence[Message]) -> str:
@@ -98,7 +100,7 @@ def tokenize(tokenizer: Any, example: Example) -> Document:
 
     Raises:
       UserError: a message lacks its role or content; there is no question; the template rewrites earlier turns, so
-        that an answer's span cannot be told; or nothing is trained.
+        that an answer's span cannot be told; it drops words of an answer; or nothing is trained.
     """
     for turn, message in enumerate(example.messages):
         if not {"role", "content"} <= message.keys():
@@ -126,7 +128,16 @@ def tokenize(tokenizer: Any, example: Example) -> Document:
                 f"example {example.id}: the chat template changes earlier text when turn {turn} is added; "
                 "train on conversations with one answer, or use a template that only appends"
             )
-        inside = (starts >= len(before)) & (stops <= len(through))
+        kept = text[len(before) : len(through)]
+        # Templates may lay the space around think tags out anew (Qwen3), but every word must be there
+        parts = [message.get("reasoning_content") or "", *_THINK_TAG.split(message["content"])]
+        if lost := [part.strip() for part in parts if part.strip() not in kept]:
+            raise UserError(
+                f"example {example.id}: the chat template drops or rewrites {lost[0]!r:.60} of turn {turn}, so it "
+                "would not be learnt; write the reasoning into content, or mend the template"
+            )
+        # A character of several tokens may end the prompt: its later tokens start where the answer does, and are empty
+        inside = (starts >= len(before)) & (stops > len(before)) & (stops <= len(through))
         # The first special token after the answer ends the turn; what follows it (a newline, say) is the template's.
         # One inside the answer is only text.
         ends = np.flatnonzero(inside & special & (starts >= len(through) - len(after)))

@@ -1,5 +1,7 @@
 """Which tokens of a conversation are trained, and where a turn ends, for templates of several kinds."""
 
+import re
+
 import numpy as np
 import pytest
 import tiny
@@ -64,6 +66,25 @@ def test_thoughts_are_trained_with_the_answer(more_special: tuple[str, ...]):
     assert trained_text(tokenizer, USER, {**said("ok"), "reasoning_content": "hm"}) == expected
     assert trained_text(tokenizer, USER, said("ok")) == "<think>\n\n</think>\n\nok<|im_end|>"
     assert chat.end_tokens(tokenizer) == [2]
+
+
+@pytest.mark.parametrize(
+    ("template", "message", "lost"),
+    [
+        (tiny.CHATML, {**said("ok"), "reasoning_content": "hm, 6 * 7"}, "hm, 6"),
+        (tiny.CHATML.replace("['content']", "['content'].split('</think>')[-1]"), said("<think>hm</think>ok"), "hm"),
+        (tiny.CHATML.replace("['content']", "['content'].replace('k', 'c')"), said("ok"), "ok"),
+    ],
+    ids=["ignored key", "thoughts cut", "words changed"],
+)
+def test_words_that_the_template_drops_are_missed(template: str, message: dict[str, str], lost: str):
+    with pytest.raises(UserError, match=f"example e: the chat template drops or rewrites '{re.escape(lost)}"):
+        trained_text(tiny.tokenizer(template), USER, message)
+
+
+def test_prompt_that_ends_in_a_character_of_several_tokens_is_not_trained():
+    template = tiny.CHATML.replace("+ '\n' +", "+ '答：' +").replace("assistant\n", "assistant答：")
+    assert trained_text(tiny.tokenizer(template), USER, said("well")) == "well<|im_end|>"
 
 
 def test_template_that_rewrites_earlier_turns_is_refused():
