@@ -177,6 +177,8 @@ def _write_shards(folder: Path, tensors: Iterator[tuple[str, np.ndarray]]) -> No
 
     Weights that are already there are replaced only when all of the new ones are on disk.
     """
+    for left in folder.glob("model-*.partial"):  # of an export that was cut off
+        left.unlink()
     shards: list[dict[str, np.ndarray]] = [{}]
     written: list[tuple[Path, list[str]]] = []
     total = held = 0

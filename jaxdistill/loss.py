@@ -57,7 +57,8 @@ def _over_chunks(x: Array, w: Array, targets: Array, weights: Array, gradients: 
 def _local(x: Array, w: Array, targets: Array, weights: Array, gradients: bool) -> tuple[Array, ...]:
     """One device's tokens against its slice of the vocabulary."""
     tokens, V = targets.size, w.shape[0]
-    chunk = min(tokens, max(128, _CHUNK_LOGITS // V))
+    # Half a row at most: however small the vocabulary, the logits of a row never exist at once
+    chunk = min(-(-targets.shape[1] // 2), max(128, _CHUNK_LOGITS // V))
     chunks = -(-tokens // chunk)
     padding = chunks * chunk - tokens  # padded tokens weigh nothing
 

@@ -54,13 +54,13 @@ def _pad(x: Array, block: int, value: int = 0) -> Array:
 
 
 class _Visible(NamedTuple):
-    """What each of Q blocks of t queries can see. Keys are in blocks of s."""
+    """What each of Q blocks of t queries can see. Keys are in J blocks of s."""
 
     segments: Int[Array, "Q B t"]
     rows: Int[Array, "Q t"]  # positions of the queries among all keys
     first: Int[Array, " Q"]  # the block of keys where the earliest document of the block's first queries begins
     end: Int[Array, " Q"]  # one past the block that holds the block's last query
-    key_segments: Int[Array, "S B s"]
+    key_segments: Int[Array, "J B s"]
 
 
 def _visible(first_row: Array, segments: Array, key_segments: Array, query_block: int, key_block: int) -> _Visible:
@@ -73,7 +73,7 @@ def _visible(first_row: Array, segments: Array, key_segments: Array, query_block
         rows=rows,
         first=jnp.min(document_start[:, rows[:, 0]], axis=0) // key_block,
         end=jnp.minimum(rows[:, -1], S - 1) // key_block + 1,
-        key_segments=rearrange(key_segments, "B (S s) -> S B s", s=key_block),
+        key_segments=rearrange(key_segments, "B (J s) -> J B s", s=key_block),
     )
 
 
@@ -95,7 +95,7 @@ def _join_queries(x: Array, visible: _Visible) -> Array:
 
 
 def _split_keys(x: Array, visible: _Visible) -> Array:
-    return rearrange(x, "B (S s) K H -> S B K s H", S=len(visible.key_segments))
+    return rearrange(x, "B (J s) K H -> J B K s H", J=len(visible.key_segments))
 
 
 def _scores(q_BKXH: Array, k_BKsH: Array, block: _Visible, i: Array) -> Array:
@@ -110,7 +110,7 @@ def _scores(q_BKXH: Array, k_BKsH: Array, block: _Visible, i: Array) -> Array:
 
 
 def _forward(q: Array, k: Array, v: Array, visible: _Visible) -> tuple[Array, Any]:
-    q_QBKXH, k_SBKsH, v_SBKsH = _split_queries(q, k.shape[2], visible), *(_split_keys(x, visible) for x in (k, v))
+    q_QBKXH, k_JBKsH, v_JBKsH = _split_queries(q, k.shape[2], visible), *(_split_keys(x, visible) for x in (k, v))
 
     def attend(item: tuple[Array, _Visible]) -> tuple[Array, Array]:
         q_BKXH, block = item
@@ -118,11 +118,11 @@ def _forward(q: Array, k: Array, v: Array, visible: _Visible) -> tuple[Array, An
 
         def body(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             top, total, sums = carry
-            scores = _scores(q_BKXH, k_SBKsH[i], block, i)
+            scores = _scores(q_BKXH, k_JBKsH[i], block, i)
             new_top = jnp.maximum(top, scores.max(-1))
             weights, shrink = jnp.exp(scores - new_top[..., None]), jnp.exp(top - new_top)
             seen = jnp.einsum(
-                "BKXs,BKsH->BKXH", weights.astype(v.dtype), v_SBKsH[i], preferred_element_type=jnp.float32
+                "BKXs,BKsH->BKXH", weights.astype(v.dtype), v_JBKsH[i], preferred_element_type=jnp.float32
             )
             return new_top, total * shrink + weights.sum(-1), sums * shrink[..., None] + seen
 
@@ -140,7 +140,7 @@ def _forward(q: Array, k: Array, v: Array, visible: _Visible) -> tuple[Array, An
 
 def _backward(residuals: Any, d_out: Array) -> tuple[Array, Array, Array, None]:
     q, k, v, visible, out, log_total_QBKX = residuals
-    k_SBKsH, v_SBKsH = _split_keys(k, visible), _split_keys(v, visible)
+    k_JBKsH, v_JBKsH = _split_keys(k, visible), _split_keys(v, visible)
     q_QBKXH, out_QBKXH, d_out_QBKXH = (_split_queries(x, k.shape[2], visible) for x in (q, out, d_out))
     product_QBKX = jnp.sum(d_out_QBKXH.astype(jnp.float32) * out_QBKXH.astype(jnp.float32), -1)
 
@@ -153,21 +153,21 @@ def _backward(residuals: Any, d_out: Array) -> tuple[Array, Array, Array, None]:
 
         def body(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             dq, dk, dv = carry
-            weights = jnp.exp(_scores(q_BKXH, k_SBKsH[i], block, i) - log_total_BKX[..., None])
-            d_weights = matmul("BKXH,BKsH->BKXs", d_out_BKXH, v_SBKsH[i])
+            weights = jnp.exp(_scores(q_BKXH, k_JBKsH[i], block, i) - log_total_BKX[..., None])
+            d_weights = matmul("BKXH,BKsH->BKXs", d_out_BKXH, v_JBKsH[i])
             d_scores = (weights * (d_weights - product_BKX[..., None]) * q.shape[-1] ** -0.5).astype(q.dtype)
             dv = dv.at[i].add(matmul("BKXs,BKXH->BKsH", weights.astype(q.dtype), d_out_BKXH))
             dk = dk.at[i].add(matmul("BKXs,BKXH->BKsH", d_scores, q_BKXH))
-            return dq + matmul("BKXs,BKsH->BKXH", d_scores, k_SBKsH[i]), dk, dv
+            return dq + matmul("BKXs,BKsH->BKXH", d_scores, k_JBKsH[i]), dk, dv
 
         start = (jnp.zeros(q_BKXH.shape, jnp.float32), *carry)
         dq, dk, dv = jax.lax.fori_loop(block.first, block.end, body, start)
         return (dk, dv), dq.astype(q.dtype)
 
-    zeros = jnp.zeros(k_SBKsH.shape, jnp.float32)
+    zeros = jnp.zeros(k_JBKsH.shape, jnp.float32)
     items = (q_QBKXH, d_out_QBKXH, log_total_QBKX, product_QBKX, visible._replace(key_segments=None))
     (dk, dv), dq = jax.lax.scan(differentiate, (zeros, zeros), items)
-    dk, dv = (rearrange(x, "S B K s H -> B (S s) K H").astype(k.dtype) for x in (dk, dv))
+    dk, dv = (rearrange(x, "J B K s H -> B (J s) K H").astype(k.dtype) for x in (dk, dv))
     return _join_queries(dq, visible), dk, dv, None
 
 

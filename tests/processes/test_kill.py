@@ -69,6 +69,17 @@ def run_child(workdir: Path, model: Path, examples: Path, at: int, during: str, 
     return done.returncode
 
 
+def newest(workdir: Path) -> int:
+    """The newest checkpoint that was written whole; 0 if there is none."""
+    folder = workdir / "sft" / "checkpoints"
+    return max((int(path.name) for path in folder.glob("*") if path.name.isdigit()), default=0)
+
+
+def starts_anew(before: dict[str, float] | None, row: dict[str, float]) -> bool:
+    """Whether a row of metrics is the first of a call: the steps before it are not those it continues."""
+    return before is None or row["step"] != before["step"] + 1
+
+
 @pytest.mark.soak
 def test_killed_and_restarted_run_gives_the_same_losses(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, full_size: bool
@@ -85,23 +96,27 @@ def test_killed_and_restarted_run_gives_the_same_losses(
     assert list(expected) == list(range(1, STEPS + 1))
     assert len(set(expected.values())) == STEPS
 
-    between = int(np.random.default_rng(os.getpid()).integers(4, 6))
-    kills = [(2, "step"), (between, "step"), (9, "save"), (13, "step")]
+    kills = [(2, "step"), (5, "step"), (9, "save"), (13, "step")]
     if full_size:
         kills = [
             (at, during) for at in range(1, STEPS) for during in ("step", "save") if during == "step" or at % 3 == 0
         ]
+    whole_saves: list[int] = []  # newest whole checkpoint before each start
     for at, during in kills:
+        whole_saves.append(newest(tmp_path / "killed"))
         assert run_child(tmp_path / "killed", model, examples, at, during, cache) == -signal.SIGKILL, (at, during)
         if during == "save":
             left = {path.name for path in (tmp_path / "killed" / "sft" / "checkpoints").iterdir()}
             assert str(at) not in left
             assert any(name.startswith(f"{at}.") for name in left), left
+    whole_saves.append(newest(tmp_path / "killed"))
     assert run_child(tmp_path / "killed", model, examples, 0, "never", cache) == 0
 
     lines = (tmp_path / "killed" / "sft" / "metrics.jsonl").read_text().splitlines()
     rows = [row for row in map(json.loads, lines) if "loss" in row]
-    assert len(rows) > STEPS, "steps since a checkpoint were taken again"
+    starts = [row["step"] for before, row in zip([None, *rows], rows, strict=False) if starts_anew(before, row)]
+    assert starts == [step + 1 for step in whole_saves], "each call goes on after the newest whole checkpoint"
+    assert whole_saves[-1] >= 9, "a save waits for the one before"
     assert {row["step"] for row in rows} == expected.keys()
     assert [row["loss"] for row in rows] == [expected[row["step"]] for row in rows], "bit for bit"
     with tiny.mesh():

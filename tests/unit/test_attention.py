@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from jaxdistill import sharding
 from jaxdistill.models import attention
-from tests import tiny
 
 Attend = Callable[[Array, Array, Array, Array], Array]
 PADDING = 0  # the segment id of positions that hold no document

@@ -20,7 +20,14 @@ OPTIMIZER = optim.make(OptimConfig(), 10, decoder.template(C))
 
 
 def new_state() -> train_step.State:
-    return train_step.new_state(tiny.put(tiny.values(C), C), OPTIMIZER, seed=7)
+    """A state whose moments are neither zero nor like each other."""
+    state = train_step.new_state(tiny.put(tiny.values(C), C), OPTIMIZER, seed=7)
+    generator = np.random.default_rng(7)
+
+    def draw(x: jax.Array) -> jax.Array:
+        return jax.device_put(generator.uniform(1, 9, x.shape).astype(x.dtype), x.sharding)
+
+    return dataclasses.replace(state, opt_state=jax.tree.map(draw, state.opt_state))
 
 
 def comparable(state: train_step.State) -> train_step.State:

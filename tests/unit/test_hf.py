@@ -94,6 +94,8 @@ def test_export_replaces_an_older_one(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: int, after: int
 ):
     """An index that is left behind would hide the new weights; so would files that no index names."""
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "model-00009.partial").write_text("of an export that was cut off")
     with tiny.mesh():
         old, new = tiny.put(tiny.values(C, seed=1), C), tiny.put(tiny.values(C, seed=2), C)
         for params, size in ((old, before), (new, after)):

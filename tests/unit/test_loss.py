@@ -16,6 +16,8 @@ from jaxdistill.models import decoder
 B, T, D, V = 4, 1024, 16, 64
 MESHES = [{}, {"tensor": 8}, {"fsdp": 2, "context": 2, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}]
 
+SHIPPED_CHUNK_LOGITS = loss._CHUNK_LOGITS
+
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch):
@@ -113,7 +115,9 @@ def largest_array(program: str) -> int:
     return max(int(np.prod([int(size) for size in shape.split(",")])) for shape in shapes)
 
 
-def test_logits_of_a_row_are_never_materialized():
+@pytest.mark.parametrize("chunk_logits", [1, SHIPPED_CHUNK_LOGITS])
+def test_logits_of_a_row_are_never_materialized(chunk_logits: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(loss, "_CHUNK_LOGITS", chunk_logits)
     c = tiny.config("llama", tied=True, vocab_size=8192)  # then logits outweigh attention scores
     host = tiny.values(c)
     rows = tiny.packed([100, 56, 99, 80], c.vocab, rows=2, row_tokens=256)

@@ -33,7 +33,9 @@ def _several_key_chunks():
         yield
 
 
-def build(sampling: SamplingConfig, slots: int = SLOTS, stop_tokens: tuple[int, ...] = ()) -> Engine:
+def build(
+    sampling: SamplingConfig, slots: int = SLOTS, stop_tokens: tuple[int, ...] = (), dtype: Any = jnp.float32
+) -> Engine:
     return Engine(
         tiny.put(VALUES, C),
         C,
@@ -41,7 +43,7 @@ def build(sampling: SamplingConfig, slots: int = SLOTS, stop_tokens: tuple[int, 
         stop_tokens,
         slots=slots,
         positions=POSITIONS,
-        dtype=jnp.float32,
+        dtype=dtype,
         prefill_tokens=CHUNK,
         steps_per_call=10,
     )
@@ -101,6 +103,16 @@ def test_neither_slot_nor_neighbours_matter(drawing: Engine, together: dict[str,
     assert run(drawing, [*busy, REQUESTS[0]])["r0"] == together["r0"]
 
 
+@pytest.mark.parametrize("sizes", [{}, {"data": 2}], ids=str)
+def test_bfloat16_request_alone_says_the_same(sizes: dict[str, int]):
+    with tiny.mesh(**sizes):
+        engine = build(DRAWN, dtype=jnp.bfloat16)
+        together = run(engine, REQUESTS)
+        assert len({output.tokens for output in together.values()}) == len(REQUESTS)
+        for request in REQUESTS[::3]:
+            assert run(engine, [request]) == {request.id: together[request.id]}
+
+
 def test_seed_decides_what_is_drawn(drawing: Engine):
     seeds = [Request(f"s{seed}", REQUESTS[0].prompt, seed=seed) for seed in range(6)]
     first, second = run(drawing, seeds), run(drawing, seeds)
@@ -149,8 +161,10 @@ def test_cached_logits_equal_the_packed_forward():
     found = np.concatenate(found, axis=1)
     for row, n in enumerate(lengths):
         assert tiny.largest_relative_difference(found[row, :n], expected[row, :n]) < 1e-5
-    np.testing.assert_array_equal(np.asarray(cache.k[:, 0]), 7.0)  # a slot that was not named
-    np.testing.assert_array_equal(np.asarray(cache.k[:, 2, lengths[1] :]), 7.0)  # positions that are not live
+    for kept in (cache.k, jnp.moveaxis(cache.v, -1, -2)):  # both with positions last
+        assert (kept[:, 0] == 7.0).all(), "a slot that was not named"
+        assert (kept[:, 2, ..., lengths[1] :] == 7.0).all(), "positions that are not live"
+        assert (kept[:, 2, ..., : lengths[1]] != 7.0).all()
 
 
 @pytest.fixture(scope="module")
