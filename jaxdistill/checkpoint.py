@@ -15,6 +15,7 @@ from jaxdistill.models import decoder
 from jaxdistill.models.config import Config
 
 _FOLDER = "checkpoints"
+_EDGE_BYTES = 1 << 18  # read of each end of a file for a fingerprint
 _BASE = "base"  # config and tokenizer of the model trained from, so that a checkpoint stands by itself
 
 
@@ -73,9 +74,10 @@ def base_of(model: Path) -> Path:
 
 
 def fingerprint(model: Path, step: int | None = None) -> str:
-    """Names the weights that `load_model` reads, without reading them; begins with the step where there is one.
+    """Names the weights that `load_model` reads, without reading all of them; begins with the step where there is one.
 
-    A digest of config.json and of the files' names, sizes and times of change: a copy of a model is another model.
+    A digest of config.json and of the files' names, sizes, first and last bytes: a copy of a model is the same model,
+    and training changes every part of every file.
 
     Raises:
       UserError: as `load_model`.
@@ -91,8 +93,12 @@ def fingerprint(model: Path, step: int | None = None) -> str:
     else:
         folder, prefix, files = model, "", sorted(model.glob("*.safetensors"))
     for path in files:
-        found = path.stat()
-        digest.update(f"{path.relative_to(folder)}\0{found.st_size}\0{found.st_mtime_ns}\n".encode())
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder)}\0{size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_EDGE_BYTES))
+            file.seek(max(0, size - _EDGE_BYTES))
+            digest.update(file.read())
     return f"{prefix}sha256:{digest.hexdigest()}"
 
 

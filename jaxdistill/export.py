@@ -18,6 +18,8 @@ from jaxdistill.models import decoder
 from jaxdistill.models.config import Config
 from jaxdistill.sharding import MeshConfig
 
+_LOGIT_LIMIT = 1e-4  # of the largest logit, between the export and the weights it was rounded from
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportConfig:
@@ -45,13 +47,13 @@ def main(config: ExportConfig) -> float:
     facts = {"settings": dataclasses.asdict(config), "model": fingerprint(model, config.step)}
     inputs = [base_of(model) / "config.json"]
     with jax.set_mesh(config.mesh.build()):
-        params, _ = load_model(model, config.step)
+        params, c = load_model(model, config.step)
         # Before the first file: an export that is cut off may be repeated, and is not taken for a verified one
         manifest.write_manifest(folder, "export", inputs, {}, verified=False, **facts)
         hf.save(folder, params, hf.read_config(base_of(model))[1], config.dtype)
         hf.copy_companions(base_of(model), folder)
         hf.write_end_tokens(folder, chat.end_tokens(chat.load_tokenizer(folder), folder))
-        error = verify(folder, params, config.verify_tokens)
+        error = verify(folder, params, c, config.verify_tokens)
     files = [p for p in folder.iterdir() if p.name != "manifest.json"]
     manifest.write_manifest(folder, "export", inputs, {"files": len(files)}, verified=True, logit_error=error, **facts)
     console = Console(stderr=True, markup=False)
@@ -73,30 +75,40 @@ def _check_target(folder: Path) -> None:
         )
 
 
-def verify(folder: Path, params: decoder.Params, tokens: int) -> float:
-    """Reloads an export and compares it with the weights that were exported.
+def verify(folder: Path, params: decoder.Params, c: Config, tokens: int) -> float:
+    """Reloads an export and compares it with the model that was exported, its architecture included.
 
     Returns:
       The largest difference of logits over the largest logit, against the weights before they were rounded to the
       export's dtype.
 
     Raises:
-      RunError: a tensor is not the trained one, rounded once.
+      RunError: a tensor is not the trained one, rounded once; or the architecture or the logits of the export are
+        others, as they are where a reader of config.json loses a RoPE setting.
     """
-    reloaded, c = hf.load(folder)
+    reloaded, found = hf.load(folder)
     _, written = hf.read_config(folder)
     dtype = jnp.dtype(written["dtype"])
-    same = jax.tree.map(lambda a, b: bool(jnp.array_equal(a.astype(dtype).astype(b.dtype), b)), params, reloaded)
+    rounded = jax.tree.map(lambda a: a.astype(dtype).astype(a.dtype), params)
+    same = jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), rounded, reloaded)
     wrong = [jax.tree_util.keystr(path) for path, equal in jax.tree_util.tree_leaves_with_path(same) if not equal]
     if wrong:
         raise RunError(f"{folder}: these weights differ from the checkpoint: {', '.join(wrong)}; do not use the export")
+    if found != c:
+        fields = [f.name for f in dataclasses.fields(c) if getattr(c, f.name) != getattr(found, f.name)]
+        raise RunError(f"{folder}: config.json says another {', '.join(fields)} than the model; do not use the export")
     generator = np.random.default_rng(0)
     mesh = dict(jax.sharding.get_mesh().shape)
     length = -(-min(tokens, c.max_positions) // mesh["context"]) * mesh["context"]
     shape = (mesh["data"] * mesh["fsdp"], length)
     ids = sharding.put(generator.integers(0, c.vocab, shape).astype(np.int32), "BT")
-    before, after = (np.asarray(logits(p, ids, c)) for p in (params, reloaded))
-    return float(np.abs(before - after).max() / np.abs(before).max())
+    before, expected, after = (
+        np.asarray(logits(p, ids, config)) for p, config in ((params, c), (rounded, c), (reloaded, found))
+    )
+    largest = np.abs(before).max()
+    if not np.abs(expected - after).max() <= _LOGIT_LIMIT * largest:  # not >: a NaN must not pass
+        raise RunError(f"{folder}: its logits differ from the checkpoint's; do not use the export")
+    return float(np.abs(before - after).max() / largest)
 
 
 def logits(params: decoder.Params, ids: Int[Array, "B T"], c: Config) -> Array:

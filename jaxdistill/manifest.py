@@ -41,6 +41,7 @@ def commit() -> str:
     """The checkout's commit, with `+changes` if files differ from it; `unknown` outside a checkout."""
     here = Path(__file__).parent
     try:
+        _git(here, "ls-files", "--error-unmatch", Path(__file__).name)  # not some checkout around an installed copy
         head = _git(here, "rev-parse", "HEAD")
         return head + ("+changes" if _git(here, "status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
@@ -74,7 +75,10 @@ def held(workdir: Path) -> Iterator[None]:
 
 
 class History:
-    """Seconds worked and commits used on a run folder, over all calls that worked on it (`history.json`)."""
+    """Seconds worked and commits used on a run folder, over all calls that worked on it (`history.json`).
+
+    Commits are written down at once; of a call that is killed the seconds since its last `keep` are lost.
+    """
 
     def __init__(self, workdir: Path):
         self._path = workdir / "history.json"
@@ -82,6 +86,7 @@ class History:
         self._seconds: float = earlier.get("wall_s", 0.0)
         self.commits: list[str] = list(dict.fromkeys([*earlier.get("commits", []), commit()]))
         self._started = time.monotonic()
+        self.keep()
 
     @property
     def wall_s(self) -> float:

@@ -1,6 +1,8 @@
 """Supervised fine-tuning in phases: the loop around the step that logs, saves and resumes."""
 
 import dataclasses
+import hashlib
+import json
 import math
 import time
 from collections.abc import Mapping
@@ -14,17 +16,24 @@ import numpy as np
 import optax
 from jaxtyping import Array
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 
 from jaxdistill import hf, manifest, metrics, optim, sharding, weights
-from jaxdistill.checkpoint import Checkpoints, base_of, keep_base, load_model, newest_input
+from jaxdistill.checkpoint import Checkpoints, base_of, fingerprint, keep_base, load_model, newest_input
 from jaxdistill.data import chat, loader
 from jaxdistill.errors import RunError, UserError
 from jaxdistill.models import decoder
 from jaxdistill.optim import OptimConfig
+from jaxdistill.progress import Progress
 from jaxdistill.sharding import MeshConfig
 from jaxdistill.train_step import State, StepConfig, make_heldout_loss, make_step, new_state, place
 
+_COLUMNS = (
+    TextColumn("{task.description}"),
+    BarColumn(),
+    TextColumn("{task.completed}/{task.total}  {task.fields[note]}"),
+    TimeRemainingColumn(),
+)
 _ESTIMATE_S = 3600.0  # seconds of steps that the time left is estimated from; rich's 30 hold not one long step
 
 
@@ -94,6 +103,21 @@ def main(config: TrainConfig) -> dict[str, Any]:
         return Run(config).all_phases()
 
 
+@dataclasses.dataclass(frozen=True)
+class _Stage:
+    """A phase with its data, ready to be trained."""
+
+    phase: Phase
+    folder: Path
+    rows: loader.PackedSet
+    steps: int
+    origin: Mapping[str, Any]  # what its checkpoints stand on: starting weights, rows in their order, schedule
+
+    @property
+    def name(self) -> str:
+        return self.phase.name
+
+
 class Run:
     """A training run on the current mesh."""
 
@@ -119,51 +143,65 @@ class Run:
             raise UserError(f"no such file: {', '.join(lost)}; expected JSON Lines files of examples")
         self.heldout = self._prepare(config.heldout) if config.heldout else None
         self.heldout_loss = make_heldout_loss(config.step, self.c)
+        self.stages = self._stages()
 
     def _prepare(self, path: Path) -> loader.PackedSet:
-        return loader.prepare(path, self.tokenizer, self.config.row_tokens, self.console.is_terminal)
+        return loader.prepare(path, self.tokenizer, self.config.row_tokens, self.c.vocab, self.console.is_terminal)
+
+    def _stages(self) -> list[_Stage]:
+        """All phases, read and checked before anything is written: a mistake in the last one shows at once."""
+        config, stages, parent = self.config, [], fingerprint(self.config.model)
+        for phase in config.phases:
+            rows = self._prepare(phase.examples)
+            steps = phase.steps or math.ceil(len(rows) * phase.epochs / config.batch_rows)
+            origin = {
+                "model": parent,
+                "data": rows.fingerprint(),
+                "steps": steps,
+                "batch_rows": config.batch_rows,
+                "seed": config.seed,
+                "optim": dataclasses.asdict(phase.optim),
+            }
+            parent = hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()
+            stages.append(_Stage(phase, self.workdir / phase.name, rows, steps, origin))
+            _check_earlier(stages[-1])
+        return stages
 
     def all_phases(self) -> dict[str, Any]:
         """Runs what is left of each phase in turn."""
-        config = self.config
-        model, parent, done = config.model, "the model", {}
-        for phase in config.phases:
-            done[phase.name] = self.one_phase(phase, model, parent)
-            model, parent = self.workdir / phase.name, f"{phase.name}, step {done[phase.name]['steps']}"
+        config, model, done = self.config, self.config.model, {}
+        manifest.write_config(self.workdir, config)
+        for stage in self.stages:
+            done[stage.name] = self.one_phase(stage, model)
+            model = stage.folder
         heldout = [config.heldout] if config.heldout else []
         inputs = [self.base / "config.json", *(p.examples for p in config.phases), *heldout]
-        manifest.write_manifest(
-            self.workdir, "train", inputs, {}, phases=done, mfu_formula=metrics.MFU_FORMULA, peak=self.peak_source
-        )
+        facts = {"model": self.stages[0].origin["model"], "mfu_formula": metrics.MFU_FORMULA, "peak": self.peak_source}
+        manifest.write_manifest(self.workdir, "train", inputs, {}, phases=done, **facts)
         return done
 
-    def one_phase(self, phase: Phase, model: Path, parent: str) -> dict[str, Any]:
+    def one_phase(self, stage: _Stage, model: Path) -> dict[str, Any]:
         """Trains one phase from `model` to its last step, or from its newest checkpoint."""
-        config, folder = self.config, self.workdir / phase.name
-        rows = self._prepare(phase.examples)
-        steps = phase.steps or math.ceil(len(rows) * phase.epochs / config.batch_rows)
-        epochs = math.ceil(steps * config.batch_rows / len(rows))
-        origin = self._origin(rows, steps, parent)
-        self._check_earlier(folder, origin)
-        manifest.write_config(self.workdir, config)
+        config, rows, folder = self.config, stage.rows, stage.folder
         loader.write_receipts(folder / "dropped.jsonl", rows.dropped)
         if self.heldout is not None:
             loader.write_receipts(folder / "heldout_dropped.jsonl", self.heldout.dropped)
-        optimizer = optim.make(phase.optim, steps, self.template)
+        optimizer = optim.make(stage.phase.optim, stage.steps, self.template)
         keep_base(self.base, folder)
         checkpoints = Checkpoints(folder, config.keep)
+        epochs = math.ceil(stage.steps * config.batch_rows / len(rows))
         batches = loader.batches(rows, config.batch_rows, epochs, config.seed)
         log = metrics.MetricsLog(folder)
         try:
             state = self._start(checkpoints, optimizer, batches, model, log)
-            self._describe(phase, rows, steps, int(state.step))
-            state = self._loop(state, steps, optimizer, batches, checkpoints, log, rows, phase, origin)
-            heldout = self._log_heldout(steps, state.params, log)
+            self._describe(stage, int(state.step))
+            state = self._loop(state, stage, optimizer, batches, checkpoints, log)
+            heldout = self._log_heldout(stage.steps, state.params, log)
         finally:
             checkpoints.close()
             log.close()
         return {
-            "steps": steps,
+            "steps": stage.steps,
             "examples": len(rows.documents),
             "dropped": len(rows.dropped),
             "rows": len(rows),
@@ -194,51 +232,29 @@ class Run:
         self.console.print(f"resumed from step {newest}")
         return state
 
-    def _origin(self, rows: loader.PackedSet, steps: int, parent: str) -> dict[str, Any]:
-        """What a checkpoint stands on: the rows in their order, the schedule's length, and the weights before."""
-        c = self.config
-        architecture = manifest.file_hash(self.base / "config.json")
-        order = {"batch_rows": c.batch_rows, "seed": c.seed, "steps": steps}
-        return {"data": rows.fingerprint(), "config.json": architecture, "parent": parent, **order}
-
-    def _check_earlier(self, folder: Path, origin: Mapping[str, Any]) -> None:
-        """Refuses to go on from a checkpoint of other data or another model, before anything is written."""
-        found = newest_input(folder)
-        if found is None:
-            return
-        step, stored = found
-        changed = [name for name, value in origin.items() if stored.get("origin", {}).get(name) != value]
-        if changed:
-            raise UserError(
-                f"{folder} was trained to step {step} with another value of: {', '.join(changed)}; going on would mix "
-                "the two without a word. Restore it, or use another workdir (with this phase as its model to go on)"
-            )
-
-    def _describe(self, phase: Phase, rows: loader.PackedSet, steps: int, start: int) -> None:
+    def _describe(self, stage: _Stage, start: int) -> None:
+        rows = stage.rows
         self.console.print(
-            f"[bold]{phase.name}[/bold]: {weights.count(self.template):,} parameters; {len(rows.documents)} examples "
+            f"[bold]{stage.name}[/bold]: {weights.count(self.template):,} parameters; {len(rows.documents)} examples "
             f"in {len(rows)} rows of {rows.row_tokens} ({rows.padding_fraction:.1%} padding), "
-            f"{len(rows.dropped)} dropped as longer than a row; steps {start} to {steps}"
+            f"{len(rows.dropped)} dropped as longer than a row; steps {start} to {stage.steps}"
         )
         self.console.print(f"{metrics.MFU_FORMULA}; peak {self.peak / 1e9:,.0f} GFLOP/s ({self.peak_source})")
 
     def _loop(
         self,
         state: State,
-        steps: int,
+        stage: _Stage,
         optimizer: optax.GradientTransformation,
         batches: grain.DatasetIterator,
         checkpoints: Checkpoints,
         log: metrics.MetricsLog,
-        rows: loader.PackedSet,
-        phase: Phase,
-        origin: Mapping[str, Any],
     ) -> State:
         """Steps to the end; the metrics of a step are read while the next one runs."""
-        config = self.config
+        config, steps = self.config, stage.steps
         train_step = make_step(config.step, self.c, optimizer)
-        learning_rate = optim.schedule(phase.optim, steps)
-        flops_per_token = self.c.flops_per_token(rows.attended_tokens)
+        learning_rate = optim.schedule(stage.phase.optim, steps)
+        flops_per_token = self.c.flops_per_token(stage.rows.attended_tokens)
         waiting: tuple[int, dict[str, Array], int, tuple[str, ...]] | None = None
         last = time.perf_counter()
 
@@ -253,7 +269,7 @@ class Run:
             # The loss is of the weights before this step; the gradient norm tells whether those after it are sound
             if not (math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"])):
                 raise NonFiniteLossError(
-                    f"step {number} of {phase.name}: the loss is {numbers['loss']} and the gradient norm "
+                    f"step {number} of {stage.name}: the loss is {numbers['loss']} and the gradient norm "
                     f"{numbers['grad_norm']} (learning rate {float(learning_rate(number - 1)):.3g}); the batch held "
                     f"{', '.join(ids)}. Checkpoints up to the step before are intact: look at those documents, "
                     "lower optim.peak_lr, or lower optim.clip_norm, and run again to resume"
@@ -271,15 +287,9 @@ class Run:
                 note=f"loss {numbers['loss']:.4f}  {rate:,.0f} tok/s  {seconds:.2f} s/step  MFU {mfu:.1%}",
             )
 
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed}/{task.total}  {task.fields[note]}"),
-            TimeRemainingColumn(),
-        )
         start = int(state.step)
-        with Progress(*columns, console=self.console, speed_estimate_period=_ESTIMATE_S) as bar:
-            task = bar.add_task(phase.name, total=steps, completed=start, note="compiling")
+        with Progress(*_COLUMNS, console=self.console, speed_estimate_period=_ESTIMATE_S) as bar:
+            task = bar.add_task(stage.name, total=steps, completed=start, note="compiling")
             for number in range(start + 1, steps + 1):
                 batch, ids = next(batches)
                 state, values = train_step(state, place(batch, config.step.accumulate))
@@ -287,7 +297,7 @@ class Run:
                 waiting = (number, values, int(np.count_nonzero(batch.segments)), ids)
                 if number % config.save_every == 0 or number == steps:
                     settle()  # a state is saved only after its loss was seen to be finite
-                    checkpoints.save(number, state, {"position": batches.get_state(), "origin": origin})
+                    checkpoints.save(number, state, {"position": batches.get_state(), "origin": stage.origin})
         return state
 
     def _log_heldout(self, step: int, params: decoder.Params, log: metrics.MetricsLog) -> float | None:
@@ -296,11 +306,28 @@ class Run:
             return None
         rows = self.config.batch_rows // self.config.step.accumulate
         total, weight = 0.0, 0.0
-        for batch, _ in loader.batches(self.heldout, rows, epochs=1, seed=0):
-            loss, tokens = self.heldout_loss(params, place(batch))
-            total, weight = total + float(loss), weight + float(tokens)
+        with Progress(*_COLUMNS, console=self.console, transient=True) as bar:
+            task = bar.add_task("held-out", total=math.ceil(len(self.heldout) / rows), note="")
+            for batch, _ in loader.batches(self.heldout, rows, epochs=1, seed=0):
+                loss, tokens = self.heldout_loss(params, place(batch))
+                total, weight = total + float(loss), weight + float(tokens)
+                bar.update(task, advance=1)
         if not weight:
             raise UserError(f"{self.config.heldout}: every example that fits a row has weight 0; expected some above")
         log.write(step, heldout_loss=total / weight)
         self.console.print(f"held-out loss at step {step}: {total / weight:.4f} nats/token")
         return total / weight
+
+
+def _check_earlier(stage: _Stage) -> None:
+    """Refuses to go on from a checkpoint of other data, another model or another schedule."""
+    found = newest_input(stage.folder)
+    if found is None:
+        return
+    step, stored = found
+    changed = [name for name, value in stage.origin.items() if stored.get("origin", {}).get(name) != value]
+    if changed:
+        raise UserError(
+            f"{stage.folder} was trained to step {step} with another value of: {', '.join(changed)}; going on would "
+            "mix the two without a word. Restore it, or use another workdir (with this phase as its model to go on)"
+        )

@@ -60,9 +60,10 @@ ROPES: dict[str, dict[str, Any]] = {
 
 def hf_config(model_type: str, tied: bool = False, rope: str = "default", **changes: Any) -> dict[str, Any]:
     """A config.json, in transformers 5's schema."""
-    names = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
     return {
-        "architectures": [names[model_type]],
+        "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]],
         "model_type": model_type,
         "vocab_size": 96,
         "hidden_size": 32,

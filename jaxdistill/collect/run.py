@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
 from jaxdistill.collect.client import TeacherConfig, fulfil, read_key
@@ -17,6 +17,7 @@ from jaxdistill.collect.prompting import COLLECT_PROMPTS, read_prompt
 from jaxdistill.collect.reply import Reply, UnreadableReply, read_reply
 from jaxdistill.errors import RunError, UserError
 from jaxdistill.manifest import write_config, write_manifest
+from jaxdistill.progress import Progress
 from jaxdistill.records import Chain, Message, Problem, Usage, Verdict, read_jsonl, write_jsonl
 from jaxdistill.verify import Verifier
 
@@ -115,7 +116,7 @@ def answers(
         ledger.record(requests.values())
         todo = len(requests.keys() & ledger.pending())
         bar = progress.add_task(title, total=len(requests), completed=len(requests) - todo)
-        asyncio.run(fulfil(teacher, ledger, requests, lambda: progress.advance(bar)))
+        asyncio.run(fulfil(teacher, ledger, requests, lambda: progress.update(bar, advance=1)))
         return [(call, ledger.result(call.key)) for call in calls]
 
 
@@ -205,6 +206,7 @@ def main(config: CollectConfig) -> Mapping[str, int]:
         for sample_index in range(config.samples_per_problem)
     ]
     chains: list[Chain] = []
+    used: dict[str, Usage] = {}  # by request: problems of equal words are one, and paid for once
     dropped = unanswerable(problems)
     with Verifier(timeout_s=config.verify_timeout_s) as verifier:
         outcomes = answers(config.teacher, config.workdir, calls, "collect")
@@ -212,8 +214,10 @@ def main(config: CollectConfig) -> Mapping[str, int]:
             judged = judge(call, outcome, verifier)
             if isinstance(judged, Receipt):
                 dropped.append(judged)
+                used[call.key] = judged.usage
             else:
                 chains.append(_chain(config.teacher, call, *judged))
+                used[call.key] = judged[0].usage
     write_jsonl(config.workdir / "chains.jsonl", chains)
     write_jsonl(config.workdir / "dropped.jsonl", dropped)
     reasons = collections.Counter(receipt.reason for receipt in dropped)
@@ -221,7 +225,7 @@ def main(config: CollectConfig) -> Mapping[str, int]:
     facts = {
         "teacher": sorted({c.teacher for c in chains}) or [config.teacher.model],
         "prompt": {"name": config.prompt, "text": prompt},
-        "cost_usd": sum(cost_usd(config.teacher, row.usage) for row in (*chains, *dropped)),
+        "cost_usd": sum(cost_usd(config.teacher, usage) for usage in used.values()),
     }
     write_manifest(config.workdir, "collect", [config.problems], counts, **facts)
     conclude("collect", config.workdir / "chains.jsonl", counts, outcomes, dropped)

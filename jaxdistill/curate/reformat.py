@@ -57,31 +57,31 @@ def main(config: ReformatConfig) -> Mapping[str, int]:
         prompt = fill(template, {"problem": problem.problem, "solution": problem.solution})
         calls.append(plan_call(config.teacher, problem, ({"role": "user", "content": prompt},)))
     examples: list[Example] = []
-    used: list[Usage] = []
+    used: dict[str, Usage] = {}  # by request: problems of equal words are one, and paid for once
     with Verifier(timeout_s=config.verify_timeout_s) as verifier:
         outcomes = answers(config.teacher, config.workdir, calls, "reformat")
         for call, outcome in outcomes:
             judged = judge(call, outcome, verifier)
             if isinstance(judged, Receipt):
                 dropped.append(judged)
+                used[call.key] = judged.usage
                 continue
             reply = judged[0]
+            used[call.key] = reply.usage
             original = call.problem.solution or ""
             if len(reply.content) <= len(original):
                 detail = f"{len(reply.content)} characters, the original has {len(original)}"
                 dropped.append(call.receipt("not_longer", detail, reply.usage))
             else:
-                used.append(reply.usage)
                 examples.append(example(call.problem, reply.content, suffix="reformatted"))
     write_jsonl(config.workdir / "examples.jsonl", examples)
     write_jsonl(config.workdir / "dropped.jsonl", dropped)
-    used += [receipt.usage for receipt in dropped]
     reasons = collections.Counter(receipt.reason for receipt in dropped)
     names = ("wrong", "truncated", "failed", "unverifiable", "not_longer")
     counts = {"kept": len(examples), **{name: reasons[name] for name in names}}
     facts = {
         "prompt": {"name": config.prompt, "text": template},
-        "cost_usd": sum(cost_usd(config.teacher, usage) for usage in used),
+        "cost_usd": sum(cost_usd(config.teacher, usage) for usage in used.values()),
     }
     write_manifest(config.workdir, "reformat", [config.problems], counts, **facts)
     conclude("reformat", config.workdir / "examples.jsonl", counts, outcomes, dropped)

@@ -61,17 +61,23 @@ class PackedSet:
         return 1 - used / (len(self.rows) * self.row_tokens)
 
 
-def prepare(path: Path, tokenizer: Any, row_tokens: int, show_progress: bool = True) -> PackedSet:
+def prepare(path: Path, tokenizer: Any, row_tokens: int, vocab: int, show_progress: bool = True) -> PackedSet:
     """Tokenizes and packs a file of `Example` rows.
 
     Documents longer than a row are never cut: they are dropped, and `dropped` says which.
 
     Raises:
-      UserError: the file is missing or malformed, or no document fits a row.
+      UserError: the file is missing or malformed, a token is not in the model's vocabulary, or no document fits a row.
     """
     examples = list(records.read_jsonl(path, records.Example))
     steps = track(examples, f"tokenize {path.name}", transient=True, disable=not show_progress)
     documents = [chat.tokenize(tokenizer, example) for example in steps]
+    for d in documents:
+        if (largest := int(d.tokens.max())) >= vocab:
+            raise UserError(
+                f"{path}: example {d.id} holds token {largest}, outside the model's vocabulary of {vocab}; the "
+                "tokenizer and the model do not belong together"
+            )
     too_long = [d for d in documents if packing.positions_used(d) > row_tokens]
     kept = [d for d in documents if packing.positions_used(d) <= row_tokens]
     if not kept:

@@ -71,7 +71,7 @@ class Demo:
         self.config, self.workdir = config, config.workdir
         self.console = Console(stderr=True)
         earlier = self.workdir / "config.json"
-        if earlier.is_file() and json.loads(earlier.read_text()) != json.loads(_as_json(config)):
+        if earlier.is_file() and _settings(earlier.read_text()) != _settings(json.dumps(vars(config), default=str)):
             raise UserError(
                 f"{self.workdir} holds a demo with other settings; give another --workdir "
                 "(its ledgers keep what was paid for)"
@@ -293,10 +293,11 @@ class Demo:
         self, collected: Mapping[str, dict[str, int]], summaries: Mapping[str, Summary], wall_s: float
     ) -> page.Page:
         folders = {"phase1": self._phase(_REFORMATTED), "phase2": self._phase(_DISTILLED)}
-        losses = {
-            name: [(int(row["step"]), row["loss"]) for row in metrics.read(f) if "loss" in row]
-            for name, f in folders.items()
-        }
+        rows = {name: metrics.read(folder) for name, folder in folders.items()}
+
+        def curves(measure: str) -> dict[str, list[tuple[int, float]]]:
+            return {name: [(int(r["step"]), r[measure]) for r in found if measure in r] for name, found in rows.items()}
+
         return page.Page(
             title="jaxdistill demo",
             facts={
@@ -309,10 +310,9 @@ class Demo:
             },
             collected=collected[_DISTILLED],
             stages=tuple(page.Stage(name=name, summary=summary) for name, summary in summaries.items()),
-            losses=losses,
-            heldout={},
+            losses=curves("loss"),
+            heldout=curves("heldout_loss"),
             comparisons=self._comparisons(list(summaries)),
-            notes=(),
         )
 
     def _comparisons(self, stages: list[str], count: int = 8) -> tuple[page.Comparison, ...]:
@@ -331,5 +331,6 @@ class Demo:
         return tuple(page.Comparison(question=p.problem, gold=p.answer or "", outputs=outputs(p)) for p in wanted)
 
 
-def _as_json(config: DemoConfig) -> str:
-    return json.dumps(dataclasses.asdict(config), default=str)
+def _settings(config: str) -> dict[str, Any]:
+    """What a demo's result depends on: all fields of its config but where it is written."""
+    return {name: value for name, value in json.loads(config).items() if name != "workdir"}

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import jax
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress, TextColumn
+from rich.progress import TextColumn
 from rich.table import Table
 
 from jaxdistill import manifest, records
@@ -21,6 +21,7 @@ from jaxdistill.data import chat
 from jaxdistill.errors import RunError, UserError
 from jaxdistill.evaluate import tasks
 from jaxdistill.evaluate.grade import Summary, grade, grader_named, summarize
+from jaxdistill.progress import Progress
 from jaxdistill.records import Completion, Problem
 from jaxdistill.sample.choose import SamplingConfig
 from jaxdistill.sample.engine import Output, Request
@@ -54,6 +55,11 @@ class EvaluateConfig:
             raise UserError(f"prompt is {self.prompt!r}; expected a template with {{problem}}")
         if self.samples < 1 or self.slots < 1:
             raise UserError(f"samples is {self.samples} and slots {self.slots}; expected 1 or more")
+        if self.samples > 1 and self.sampling.temperature == 0:
+            raise UserError(
+                f"samples is {self.samples} at temperature 0, where all samples of a problem are one; "
+                "set sampling.temperature, or ask for one sample"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +127,8 @@ def main(config: EvaluateConfig) -> Summary:
     manifest.write_json(workdir / "summary.json", dataclasses.asdict(summary))
     counts = {"problems": len(problems), "completions": len(completions)}
     inputs = [config.path, base_of(config.model) / "config.json"]
-    manifest.write_manifest(workdir, "evaluate", inputs, counts, model=plan.weights)
+    about = {name: getattr(task, name) for name in ("prompt", "grader", "metric", "licence", "why", "source")}
+    manifest.write_manifest(workdir, "evaluate", inputs, counts, model=plan.weights, task={"name": task.name, **about})
     Console(stderr=True).print(table(escape(f"{config.model} on {config.task}"), summary))
     return summary
 

@@ -43,7 +43,6 @@ class Page:
     losses: Mapping[str, plots.Curve]  # by phase; steps count from the start of the phase
     heldout: Mapping[str, plots.Curve]
     comparisons: tuple[Comparison, ...]
-    notes: tuple[str, ...]
 
     def __post_init__(self):
         names = [stage.name for stage in self.stages]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +10,9 @@ import pytest
 import tiny
 
 from jaxdistill import export
-from jaxdistill.checkpoint import Checkpoints, fingerprint, keep_base
+from jaxdistill.checkpoint import Checkpoints, fingerprint, keep_base, load_model
 from jaxdistill.data import chat
-from jaxdistill.errors import UserError
+from jaxdistill.errors import RunError, UserError
 from jaxdistill.evaluate import run as evaluate
 from jaxdistill.evaluate.grade import grade
 from jaxdistill.sample import run as sample
@@ -59,6 +58,11 @@ def config(finished: evaluate.EvaluateConfig, tmp_path: Path) -> evaluate.Evalua
     )
 
 
+def test_several_samples_without_chance_are_refused(config: evaluate.EvaluateConfig):
+    with pytest.raises(UserError, match="samples is 2 at temperature 0"):
+        dataclasses.replace(config, sampling=SamplingConfig())
+
+
 def no_sampling(*_: object) -> None:
     pytest.fail("nothing was left to sample")
 
@@ -68,6 +72,7 @@ def test_a_finished_evaluation_samples_nothing(config: evaluate.EvaluateConfig, 
     assert evaluate.main(config).accuracy.n_samples == 6
     written = json.loads((config.workdir / "manifest.json").read_text())
     assert written["model"] == fingerprint(config.model)
+    assert written["task"].keys() == {"name", "prompt", "grader", "metric", "licence", "why", "source"}
     assert {score.grader for _, score in evaluate.read_completions(config.workdir)} == {"boxed_math"}
 
 
@@ -107,7 +112,8 @@ def change_answer(config: evaluate.EvaluateConfig) -> evaluate.EvaluateConfig:
 def change_weights(config: evaluate.EvaluateConfig) -> evaluate.EvaluateConfig:
     """Other weights under the same path."""
     path = config.model / "model.safetensors"
-    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     return config
 
 
@@ -133,12 +139,12 @@ def test_evaluate_refuses_completions_of_something_else(
 ):
     monkeypatch.setattr(evaluate, "_sample", no_sampling)
     weights = config.model / "model.safetensors"
-    written, kept = weights.stat().st_mtime_ns, (config.workdir / "config.json").read_bytes()
+    whole, kept = weights.read_bytes(), (config.workdir / "config.json").read_bytes()
     try:
         with pytest.raises(UserError, match=rf"changes to: {named} \(for example problems/"):
             evaluate.main(change(config))
     finally:
-        os.utime(weights, ns=(written, written))
+        weights.write_bytes(whole)
     assert (config.workdir / "config.json").read_bytes() == kept
 
 
@@ -205,6 +211,42 @@ def test_export_takes_its_own_folder_again_even_cut_off(model: Path, tmp_path: P
     assert written["settings"]["verify_tokens"] == 8
 
 
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        ("config.json", b'"rope_theta": 700.0', b'"rope_theta": 701.0', "config.json says another rope"),
+        ("config.json", b'"rms_norm_eps": 1e-05', b'"rms_norm_eps": 1e-06', "config.json says another norm_eps"),
+        ("model.safetensors", None, None, r"differ from the checkpoint: .*; do not use the export"),
+    ],
+)
+def test_an_export_that_went_wrong_is_told(
+    file: str, old: bytes | None, new: bytes | None, message: str, model: Path, tmp_path: Path
+):
+    config = export.ExportConfig(workdir=tmp_path / "out", model=model, verify_tokens=8)
+    assert export.main(config) == 0.0
+    path = config.workdir / file
+    content = path.read_bytes()
+    if old is not None and new is not None:
+        assert old in content
+        path.write_bytes(content.replace(old, new))
+    else:
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with tiny.mesh():
+        params, c = load_model(model)
+        with pytest.raises(RunError, match=message):
+            export.verify(config.workdir, params, c, 8)
+
+
+def test_logits_that_differ_or_are_no_numbers_are_told(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config = export.ExportConfig(workdir=tmp_path / "out", model=model, verify_tokens=8)
+    logits = export.logits
+    for off in (1e-2, float("nan")):
+        calls = iter((0.0, 0.0, off))
+        monkeypatch.setattr(export, "logits", lambda *a, calls=calls: logits(*a) + next(calls))
+        with pytest.raises(RunError, match="logits differ"):
+            export.main(config)
+
+
 def test_a_fingerprint_tells_steps_and_changed_files_apart(model: Path, tmp_path: Path):
     keep_base(model, tmp_path)
     with tiny.mesh():
@@ -215,8 +257,12 @@ def test_a_fingerprint_tells_steps_and_changed_files_apart(model: Path, tmp_path
     newest = fingerprint(tmp_path)
     assert newest.startswith("step 4 sha256:")
     assert newest == fingerprint(tmp_path, 4) != fingerprint(tmp_path, 2)
-    file = next(path for path in sorted((tmp_path / "checkpoints" / "4").rglob("*")) if path.is_file())
-    os.utime(file, ns=(0, 0))
-    assert fingerprint(tmp_path) != newest
+    copy = shutil.copytree(tmp_path, tmp_path.with_name("copy"))
+    assert fingerprint(copy) == newest, "a copy of a model is the same model"
+    file = max((copy / "checkpoints" / "4").rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    assert fingerprint(copy) != newest
     with pytest.raises(UserError, match=r"no checkpoint of step 3; found \[2, 4\]"):
         fingerprint(tmp_path, 3)

@@ -124,6 +124,14 @@ def test_bad_files_are_the_users_mistake(tmp_path: Path, rows: list, message: st
         tasks.task("problems").problems_from(path)
 
 
+def test_gsm8k_is_read_as_it_is_published(tmp_path: Path) -> None:
+    row = {"question": "How much?", "answer": "He pays 2 * 600 = 1200.\n#### 1,200"}
+    (tmp_path / "test.jsonl").write_text(json.dumps(row) + "\n")
+    [problem] = tasks.task("gsm8k").problems_from(tmp_path / "test.jsonl")
+    assert (problem.id, problem.problem, problem.answer) == ("gsm8k-test-1", "How much?", "1200")
+    assert problem.solution == "He pays 2 * 600 = 1200."
+
+
 def test_a_missing_file_is_the_users_mistake(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         tasks.task("aime2024").problems_from(tmp_path / "absent.jsonl")

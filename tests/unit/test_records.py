@@ -346,6 +346,10 @@ def test_commit_tells_local_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     git("add", "file")
     git("commit", "-qm", "first")
     monkeypatch.setattr(manifest, "__file__", str(tmp_path / "manifest.py"))
+    (tmp_path / "manifest.py").write_text("")
+    assert manifest.commit() == "unknown", "a package installed inside another project's checkout"
+    git("add", "manifest.py")
+    git("commit", "-qm", "second")
     clean = manifest.commit()
     assert len(clean) == 40
     (tmp_path / "file").write_text("two")

@@ -73,7 +73,6 @@ def page(**changes: object) -> Page:
         losses={"phase1": curve(4.5, 0.35, 300, 1), "phase2": curve(1.2, 0.12, 400, 2)},
         heldout={"phase1": [(0, 6.2), (300, 0.38)], "phase2": [(0, 2.1), (400, 0.14)]},
         comparisons=tuple(comparison(i) for i in range(12)),
-        notes=("One seed; the README gives the spread of three.",),
     )
     return dataclasses.replace(whole, **changes)  # type: ignore[arg-type]
 
@@ -128,7 +127,6 @@ def test_the_page_is_well_formed_small_and_holds_the_numbers(tmp_path: Path):
         "kept: verified 2,711 90.4%",
         "dropped: wrong 163 5.4%",
         "0123abc",
-        "One seed; the README",
         "What is 11 + 30?",
         "✓ correct",
         "✗ wrong",
@@ -176,7 +174,6 @@ def test_hostile_text_stays_text_wherever_it_stands(tmp_path: Path):
                 outputs={name: (HOSTILE, True), "b": (f"<think>{HOSTILE * 20}</think>{HOSTILE * 20}", False)},
             ),
         ),
-        notes=(HOSTILE,),
     )
     html, reader = read(tmp_path, hostile)
     assert reader.tags <= calm.tags
@@ -203,7 +200,7 @@ def test_reasoning_and_answer_are_shown_apart(tmp_path: Path, text: str, labels:
 
 def test_a_run_of_one_stage_without_training_or_collection(tmp_path: Path):
     alone = dataclasses.replace(summary(0.25, 0.0), maj_at={1: estimate(0.25)})
-    empty = {"collected": {}, "losses": {}, "heldout": {}, "comparisons": (), "notes": ()}
+    empty = {"collected": {}, "losses": {}, "heldout": {}, "comparisons": ()}
     html, reader = read(tmp_path, page(stages=(Stage(name="base", summary=alone),), **empty))
     for shown in ("one sample", "No loss was logged.", "Nothing was collected", "No samples were kept"):
         assert shown in reader.text

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +106,10 @@ def test_manifest_and_phase_folders_stand_by_themselves(trained: tuple[TrainConf
 
 def test_finished_run_is_left_as_it_is(trained: tuple[TrainConfig, Any]):
     config, done = trained
-    before = metrics.read(config.workdir / "sft")
+    log = config.workdir / "sft" / "metrics.jsonl"
+    before = [row["step"] for row in map(json.loads, log.read_text().splitlines()) if "loss" in row]
     assert train.main(config) == done
-    assert [row.get("loss") for row in metrics.read(config.workdir / "sft")] == [row.get("loss") for row in before]
+    assert [row["step"] for row in map(json.loads, log.read_text().splitlines()) if "loss" in row] == before
 
 
 def test_documents_longer_than_a_row_leave_a_receipt(tmp_path: Path, model: Path):
@@ -209,8 +211,50 @@ def test_changed_data_is_not_resumed(tmp_path: Path, model: Path, examples: Path
     copy.write_text(examples.read_text())
     train.main(small(tmp_path / "run", model, copy, steps=2))
     tiny.write_examples(copy, 25)
-    with pytest.raises(UserError, match="trained to step 2 with another value of: data, seed, steps"):
+    with pytest.raises(UserError, match="trained to step 2 with another value of: data, steps, seed"):
         train.main(small(tmp_path / "run", model, copy, steps=4, seed=9))
+
+
+def test_another_model_or_schedule_is_not_resumed(tmp_path: Path, model: Path, examples: Path):
+    config = small(tmp_path / "run", model, examples, steps=2)
+    train.main(config)
+    written = (tmp_path / "run" / "config.json").read_bytes()
+    other = tiny.write_folder(tmp_path / "other", HF, tiny.values(C, seed=1), C, with_tokenizer=True)
+    with pytest.raises(UserError, match="trained to step 2 with another value of: model;"):
+        train.main(dataclasses.replace(config, model=other))
+    faster = dataclasses.replace(config.phases[0], optim=optim.OptimConfig(peak_lr=2e-2))
+    with pytest.raises(UserError, match="trained to step 2 with another value of: optim;"):
+        train.main(dataclasses.replace(config, phases=(faster,)))
+    assert (tmp_path / "run" / "config.json").read_bytes() == written
+    copy = shutil.copytree(model, tmp_path / "copy")
+    train.main(dataclasses.replace(config, model=copy))  # the same weights
+
+
+def test_second_phase_does_not_outlive_the_first(tmp_path: Path, model: Path, examples: Path):
+    config = small(tmp_path / "run", model, examples, steps=2)
+    config = dataclasses.replace(
+        config, phases=(config.phases[0], dataclasses.replace(config.phases[0], name="second"))
+    )
+    train.main(config)
+    shutil.rmtree(tmp_path / "run" / "sft")
+    longer = dataclasses.replace(config.phases[0], steps=3)
+    with pytest.raises(UserError, match="second was trained to step 2 with another value of: model;"):
+        train.main(dataclasses.replace(config, phases=(longer, config.phases[1])))
+
+
+def test_every_phase_is_checked_before_the_first_is_trained(tmp_path: Path, model: Path, examples: Path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("{\n")
+    config = small(tmp_path / "run", model, examples)
+    second = dataclasses.replace(config.phases[0], name="second", examples=bad)
+    refused(dataclasses.replace(config, phases=(config.phases[0], second)), "bad.jsonl:1: not valid JSON")
+
+
+def test_tokens_outside_the_vocabulary(tmp_path: Path, examples: Path):
+    sizes = {**SIZES, "vocab_size": 48}
+    hf_config, c = tiny.hf_config("qwen2", **sizes), tiny.config("qwen2", **sizes)
+    small_vocab = tiny.write_folder(tmp_path / "hf", hf_config, tiny.values(c), c, with_tokenizer=True)
+    refused(small(tmp_path / "run", small_vocab, examples), r"holds token \d+, outside the model's vocabulary of 48")
 
 
 def test_settings_that_make_no_sense(tmp_path: Path, model: Path, examples: Path):

@@ -6,6 +6,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from jaxdistill.errors import UserError
 from jaxdistill.records import Problem, from_dict, read_json_objects
@@ -51,8 +52,16 @@ def task(name: str) -> Task:
     return importlib.import_module(f"{__name__}.{name}").TASK
 
 
-def read_problems(path: Path, *, licence: str = "", extra: Iterable[str] = ()) -> list[Problem]:
+Convert = Callable[[int, dict[str, Any]], dict[str, Any]]  # line number and upstream row -> fields of a Problem
+
+
+def read_problems(
+    path: Path, *, licence: str = "", extra: Iterable[str] = (), convert: Convert | None = None
+) -> list[Problem]:
     """Reads Problem rows that all have an answer and an id of their own; keys in `extra` move to `meta`.
+
+    Args:
+      convert: for files in the benchmark's own shape.
 
     Raises:
       UserError: the file is missing, empty or malformed, or rows lack an answer or share an id; names the lines.
@@ -61,6 +70,7 @@ def read_problems(path: Path, *, licence: str = "", extra: Iterable[str] = ()) -
     lines: dict[str, int] = {}
     mistakes: list[str] = []
     for number, values in read_json_objects(path):
+        values = convert(number, values) if convert else values
         moved = {key: values.pop(key) for key in extra if key in values}
         problem = from_dict({"licence": licence, **values}, Problem, where=f"{path}:{number}")
         problem = dataclasses.replace(problem, meta={**problem.meta, **moved})
