@@ -1,7 +1,11 @@
 """Orbax checkpoints of a training run, and how any command opens a model, whether trained here or downloaded."""
 
+import contextlib
+import errno
 import hashlib
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,7 @@ class Checkpoints:
     """The checkpoints of one phase: `checkpoints/<step>` under its folder, written in the background."""
 
     def __init__(self, folder: Path, keep: int = 2):
+        self._folder = folder
         self._manager = ocp.CheckpointManager(
             (folder / _FOLDER).absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=keep)
         )
@@ -33,7 +38,19 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, input_position: dict[str, Any]) -> None:
-        """Starts to write; the devices' memory has been copied when this returns."""
+        """Starts to write; the devices' memory has been copied when this returns.
+
+        Raises:
+          OSError: ENOSPC, before anything is written where it can be foreseen; earlier checkpoints stay usable.
+        """
+        with _full_disk_named(self._folder):
+            self._manager.wait_until_finished()  # its bytes count, and those of what it replaces are free again
+            needed = sum(shard.data.nbytes for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards)
+            if shutil.disk_usage(self._folder).free < needed:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._folder))
+            self._write(step, state, input_position)
+
+    def _write(self, step: int, state: Any, input_position: dict[str, Any]) -> None:
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), input=ocp.args.JsonSave(input_position))
         self._manager.save(step, args=items)
 
@@ -44,9 +61,21 @@ class Checkpoints:
         return found["state"], found["input"]
 
     def close(self) -> None:
-        """Waits until everything is written."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits until everything is written. Raises as `save`."""
+        with _full_disk_named(self._folder):
+            self._manager.wait_until_finished()
+            self._manager.close()
+
+
+@contextlib.contextmanager
+def _full_disk_named(folder: Path) -> Iterator[None]:
+    """Tensorstore's word for a full disk, said as the operating system says it."""
+    try:
+        yield
+    except ValueError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) and os.strerror(errno.ENOSPC) not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from None
 
 
 def newest_input(phase: Path) -> tuple[int, dict[str, Any]] | None:

@@ -1,6 +1,9 @@
 """Checkpoints: what is saved comes back on another mesh, and a folder that is none says so."""
 
 import dataclasses
+import errno
+import re
+import shutil
 from pathlib import Path
 
 import jax
@@ -80,6 +83,36 @@ def test_model_is_opened_from_a_phase_or_from_a_hugging_face_folder(phase: Path)
             load_model(phase, step=2)
     with tiny.mesh(tensor=8), pytest.raises(UserError, match="N = 4 is not a multiple of 8"):
         load_model(phase)
+
+
+def test_a_full_disk_is_foreseen_and_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with tiny.mesh(data=2, fsdp=2):
+        state, checkpoints = new_state(), Checkpoints(tmp_path)
+        checkpoints.save(1, state, {})
+        usage = shutil.disk_usage(tmp_path)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+        with pytest.raises(OSError, match=re.escape(str(tmp_path))) as caught:
+            checkpoints.save(2, state, {})
+        assert caught.value.errno == errno.ENOSPC
+        assert checkpoints.latest_step == 1
+        checkpoints.close()
+        again = Checkpoints(tmp_path)
+        assert again.latest_step == 1
+        again.close()
+
+
+def test_a_disk_that_fills_up_while_writing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with tiny.mesh():
+        checkpoints = Checkpoints(tmp_path)
+
+        def full(*_: object) -> None:
+            raise ValueError('RESOURCE_EXHAUSTED: Error writing "params" in OCDBT database')
+
+        monkeypatch.setattr(checkpoints, "_write", full)
+        with pytest.raises(OSError, match="No space left") as caught:
+            checkpoints.save(1, new_state(), {})
+        assert caught.value.errno == errno.ENOSPC
+        checkpoints.close()
 
 
 def test_phase_without_checkpoints(phase: Path, tmp_path: Path):
