@@ -116,6 +116,9 @@ def main() -> None:
     history = manifest.History(run)
     phases = train.main(config)
     trained = config.workdir / config.phases[0].name
+    tokens = sum(row.get("loss_tokens", 0) for row in metrics.read(trained))
+    if tokens < LEAST_TRAINED_TOKENS:  # before the hours of evaluation
+        raise RunError(f"{tokens:.0f} tokens trained, expected {LEAST_TRAINED_TOKENS}: give the recipe more steps")
     history.keep()
     before = score(run, "before", base)
     history.keep()
@@ -149,9 +152,6 @@ def write(
     [phase] = phases.values()
     steps = [row for row in rows if "loss_tokens" in row]
     heldout = [row["heldout_loss"] for row in rows if "heldout_loss" in row]
-    trained_tokens = int(sum(row["loss_tokens"] for row in steps))
-    if trained_tokens < LEAST_TRAINED_TOKENS:
-        raise RunError(f"{trained_tokens} tokens trained, expected {LEAST_TRAINED_TOKENS}: give the recipe more steps")
     rate = sorted(row["tokens_per_s"] for row in steps)[len(steps) // 2]
     facts = {
         "commit": ", ".join(history.commits),
@@ -159,7 +159,7 @@ def write(
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} {platform.machine()} cores",
         "chains": counts,
         "dropped as longer than a row of 8192": phase["dropped"],
-        "trained tokens": trained_tokens,
+        "trained tokens": int(sum(row["loss_tokens"] for row in steps)),
         "held-out loss before and after, nats/token": [round(heldout[0], 4), round(heldout[-1], 4)],
         "median tokens/s": round(rate, 1),
         "median MFU": round(sorted(row["mfu"] for row in steps)[len(steps) // 2], 3),

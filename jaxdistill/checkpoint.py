@@ -14,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxdistill import hf, sharding, weights
-from jaxdistill.errors import UserError
+from jaxdistill.errors import UserError, disk_full
 from jaxdistill.models import decoder
 from jaxdistill.models.config import Config
 
@@ -45,9 +45,10 @@ class Checkpoints:
         """
         with _full_disk_named(self._folder):
             self._manager.wait_until_finished()  # its bytes count, and those of what it replaces are free again
-            needed = sum(shard.data.nbytes for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards)
+            shards = [shard for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards]
+            needed = sum(shard.data.nbytes for shard in shards if shard.replica_id == 0)  # one replica is written
             if shutil.disk_usage(self._folder).free < needed:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._folder))
+                raise disk_full(self._folder)
             self._write(step, state, input_position)
 
     def _write(self, step: int, state: Any, input_position: dict[str, Any]) -> None:
@@ -75,7 +76,7 @@ def _full_disk_named(folder: Path) -> Iterator[None]:
     except ValueError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and os.strerror(errno.ENOSPC) not in str(error):
             raise
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from None
+        raise disk_full(folder) from None
 
 
 def newest_input(phase: Path) -> tuple[int, dict[str, Any]] | None:

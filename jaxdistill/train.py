@@ -272,7 +272,7 @@ class Run:
                     f"step {number} of {stage.name}: the loss is {numbers['loss']} and the gradient norm "
                     f"{numbers['grad_norm']} (learning rate {float(learning_rate(number - 1)):.3g}); the batch held "
                     f"{', '.join(ids)}. Checkpoints up to the step before are intact: look at those documents, "
-                    "lower optim.peak_lr, or lower optim.clip_norm, and run again to resume"
+                    "or lower optim.peak_lr or optim.clip_norm in another workdir, with this phase as its model"
                 )
             now = time.perf_counter()
             seconds, last = now - last, now

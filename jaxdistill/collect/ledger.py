@@ -2,18 +2,16 @@
 
 import contextlib
 import dataclasses
-import errno
 import fcntl
 import hashlib
 import json
-import os
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxdistill.errors import UserError
+from jaxdistill.errors import UserError, disk_full
 from jaxdistill.records import Message
 
 _SCHEMA = """
@@ -190,4 +188,4 @@ class Ledger:
 def _raise_if_full(error: BaseException, path: Path) -> None:
     """SQLite's word for a full disk, said as the operating system says it."""
     if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise disk_full(path) from error

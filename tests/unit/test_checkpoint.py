@@ -12,7 +12,7 @@ import pytest
 import tiny
 
 from jaxdistill import optim, train_step, weights
-from jaxdistill.checkpoint import Checkpoints, base_of, keep_base, load_model
+from jaxdistill.checkpoint import Checkpoints, base_of, keep_base, load_model, newest_input
 from jaxdistill.errors import UserError
 from jaxdistill.models import decoder
 from jaxdistill.optim import OptimConfig
@@ -93,12 +93,19 @@ def test_a_full_disk_is_foreseen_and_leaves_the_last_checkpoint(tmp_path: Path, 
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
         with pytest.raises(OSError, match=re.escape(str(tmp_path))) as caught:
             checkpoints.save(2, state, {})
+        whole = sum(leaf.nbytes for leaf in jax.tree.leaves(state))  # of one replica, though two devices hold one each
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=whole - 1))
+        with pytest.raises(OSError, match="No space left"):
+            checkpoints.save(2, state, {})
         assert caught.value.errno == errno.ENOSPC
         assert checkpoints.latest_step == 1
         checkpoints.close()
         again = Checkpoints(tmp_path)
         assert again.latest_step == 1
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=whole))
+        again.save(2, state, {})
         again.close()
+        assert newest_input(tmp_path) == (2, {})
 
 
 def test_a_disk_that_fills_up_while_writing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
