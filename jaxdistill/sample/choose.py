@@ -31,22 +31,24 @@ class SamplingConfig:
             raise UserError(f"max_new_tokens is {self.max_new_tokens}; expected 1 or more")
 
 
-def filter_logits(logits: Float[Array, "B V"], c: SamplingConfig) -> Float[Array, "B V"]:
-    """Logits over temperature, with the tokens that the filters drop at minus infinity."""
+def candidates(logits: Float[Array, "B V"], c: SamplingConfig) -> tuple[Float[Array, "B C"], Int[Array, "B C"]]:
+    """Logits over temperature of what may be drawn, minus infinity where a filter drops it, and the tokens they are of.
+
+    C is V, or top_k where that is fewer.
+    """
     logits = logits / c.temperature
+    tokens = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
     if c.top_k or c.top_p < 1:
-        # With top-k, top-p looks at the k best only: no sort of the whole vocabulary
-        ranked = jax.lax.top_k(logits, min(c.top_k or logits.shape[-1], logits.shape[-1]))[0]
-        kept = jnp.full(ranked.shape, True)
-        if c.top_p < 1:
-            probabilities = jax.nn.softmax(ranked, axis=-1)
-            kept = jnp.cumsum(probabilities, axis=-1) - probabilities < c.top_p  # the one that crosses stays
-        cutoff = jnp.min(jnp.where(kept, ranked, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits < cutoff, -jnp.inf, logits)
+        # With top-k, all that follows looks at the k best only: no sort of the whole vocabulary, no noise for it
+        logits, tokens = jax.lax.top_k(logits, min(c.top_k or logits.shape[-1], logits.shape[-1]))
+    if c.top_p < 1:
+        probabilities = jax.nn.softmax(logits, axis=-1)
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities
+        logits = jnp.where(before < c.top_p, logits, -jnp.inf)  # the one that crosses stays
     if c.min_p:
         best = jnp.max(logits, axis=-1, keepdims=True)
         logits = jnp.where(logits < best + jnp.log(c.min_p), -jnp.inf, logits)
-    return logits
+    return logits, tokens
 
 
 def choose(
@@ -55,8 +57,11 @@ def choose(
     """The next token of each row. A row's noise is a function of its seed and its count of tokens so far."""
     if c.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits, tokens = candidates(logits, c)
 
     def noise(seed: Array, count: Array) -> Array:
         return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), count), logits.shape[-1:])
 
-    return jnp.argmax(filter_logits(logits, c) + jax.vmap(noise)(seeds, produced), axis=-1).astype(jnp.int32)
+    drawn = jnp.argmax(logits + jax.vmap(noise)(seeds, produced), axis=-1, keepdims=True)
+    is_drawn = jax.lax.broadcasted_iota(jnp.int32, tokens.shape, 1) == drawn
+    return jnp.sum(jnp.where(is_drawn, tokens, 0), axis=-1)  # a lookup by index would not keep the rows' layout

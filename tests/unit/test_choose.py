@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxdistill.errors import UserError
-from jaxdistill.sample.choose import SamplingConfig, choose, filter_logits
+from jaxdistill.sample.choose import SamplingConfig, candidates, choose
 
 V = 200
 SETTINGS = [
@@ -24,6 +24,14 @@ SETTINGS = [
 ]
 
 
+def filtered(logits: np.ndarray, c: SamplingConfig) -> np.ndarray:
+    """The candidates' logits in the vocabulary's order, minus infinity for all other tokens."""
+    found, tokens = jax.jit(lambda x: candidates(x, c))(logits)
+    full = np.full(logits.shape, -np.inf, np.float32)
+    np.put_along_axis(full, np.asarray(tokens), np.asarray(found), axis=1)
+    return full
+
+
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_filters_equal_those_of_transformers(settings: dict[str, float]):
     import torch
@@ -39,19 +47,20 @@ def test_filters_equal_those_of_transformers(settings: dict[str, float]):
     expected = torch.from_numpy(logits)
     for name, value in settings.items():
         expected = warpers[name](value)(torch.zeros(8, 1, dtype=torch.long), expected)
-    found = np.asarray(jax.jit(lambda x: filter_logits(x, SamplingConfig(**settings)))(logits))  # type: ignore[arg-type]
+    found = filtered(logits, SamplingConfig(**settings))  # type: ignore[arg-type]
     np.testing.assert_array_equal(np.isfinite(found), np.isfinite(expected.numpy()))
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-6)
 
 
-def test_frequencies_follow_the_probabilities():
-    c = SamplingConfig(temperature=0.8, top_p=0.9)
+@pytest.mark.parametrize("settings", [{}, {"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.2}], ids=str)
+def test_frequencies_follow_the_probabilities(settings: dict[str, float]):
+    c = SamplingConfig(temperature=0.8, **settings)  # type: ignore[arg-type]
     logits = np.random.default_rng(1).normal(size=(1, 12)).astype(np.float32)
     count = 4_000
     draw = jax.jit(lambda x, seeds, produced: choose(x, seeds, produced, c))
     rows = jnp.broadcast_to(logits, (count, 12))
     drawn = np.asarray(draw(rows, jnp.arange(count), jnp.zeros(count, jnp.int32)))
-    expected = np.asarray(jax.nn.softmax(filter_logits(jnp.asarray(logits), c)))[0]
+    expected = np.asarray(jax.nn.softmax(filtered(logits, c)))[0]
     found = np.bincount(drawn, minlength=12) / count
     assert (found[expected == 0] == 0).all()
     np.testing.assert_allclose(found, expected, atol=5 * 0.5 / count**0.5)

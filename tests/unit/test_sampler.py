@@ -27,9 +27,10 @@ GREEDY = SamplingConfig(max_new_tokens=24)
 
 @pytest.fixture(autouse=True, scope="module")
 def _several_key_chunks():
-    """The cache is read in three chunks of 32 keys."""
+    """The cache is read in three chunks of 32 keys, two of the four slots at a time."""
     with pytest.MonkeyPatch.context() as patch, jax.default_matmul_precision("highest"):
         patch.setattr(kv, "_KEY_CHUNK", 32)
+        patch.setattr(kv, "_GROUP_BYTES", 2 * C.kv_heads * C.head_dim * 32 * 4)
         yield
 
 
