@@ -15,6 +15,7 @@ from rich.progress import track
 from jaxdistill import records
 from jaxdistill.data import chat, packing
 from jaxdistill.data.chat import Document
+from jaxdistill.data.dealing import Deal
 from jaxdistill.data.packing import Batch
 from jaxdistill.errors import UserError
 
@@ -53,6 +54,12 @@ class PackedSet:
         """Document length averaged over the tokens of the rows: the `attended` of Config.flops_per_token."""
         lengths = np.array([packing.positions_used(d) for d in self.documents], dtype=np.float64)
         return float((lengths**2).sum() / max(lengths.sum(), 1))
+
+    @property
+    def squares(self) -> np.ndarray:
+        """Sum of squared document lengths of each row: what attention costs, up to a factor."""
+        lengths = np.array([packing.positions_used(d) for d in self.documents], dtype=np.float64)
+        return np.array([(lengths[row] ** 2).sum() for row in self.rows])
 
     @property
     def padding_fraction(self) -> float:
@@ -96,16 +103,18 @@ def write_receipts(path: Path, dropped: Sequence[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(receipt) + "\n" for receipt in dropped), encoding="utf-8")
 
 
-def batches(rows: PackedSet, batch_rows: int, epochs: int, seed: int) -> grain.DatasetIterator:
-    """Global batches ([batch_rows, T], document ids), reshuffled every epoch; the last one is filled with padding.
+def batches(rows: PackedSet, batch_rows: int, epochs: int, seed: int, window: int = 1) -> grain.DatasetIterator:
+    """Global batches ([batch_rows, T], document ids) as `Deal` orders them; the last one is filled with padding.
 
-    The order is a pure function of seed and step; `get_state` and `set_state` of the iterator hold the position.
+    The order is a pure function of the arguments; `get_state` and `set_state` of the iterator hold the position.
     """
+    deal = Deal(rows.squares, batch_rows, epochs, seed, window)
 
-    def stack(items: Sequence[tuple[Batch, tuple[str, ...]]]) -> tuple[Batch, tuple[str, ...]]:
+    def stack(step: int) -> tuple[Batch, tuple[str, ...]]:
+        items = [rows[i] for i in deal[step]]
         padding = [packing.empty_row(rows.row_tokens)] * (batch_rows - len(items))
         arrays = jax.tree.map(lambda *leaves: np.stack(leaves), *[batch for batch, _ in items], *padding)
         return arrays, tuple(id_ for _, ids in items for id_ in ids)
 
-    dataset = grain.MapDataset.source(rows).shuffle(seed=seed).repeat(epochs).batch(batch_rows, batch_fn=stack)
+    dataset = grain.MapDataset.range(len(deal)).map(stack)
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))

@@ -1,6 +1,6 @@
 """Documents to rows of fixed length: best-fit packing, and the arrays a row is made of."""
 
-import bisect
+import heapq
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,16 +40,23 @@ def best_fit(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
     if lengths and max(lengths) > row_tokens:
         raise ValueError(f"an item of {max(lengths)} tokens does not fit a row of {row_tokens}")
     rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (free tokens, row), sorted
-    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        at = bisect.bisect_left(room, (lengths[item], -1))
-        if at == len(room):
-            rows.append([])
-            free, row = row_tokens, len(rows) - 1
+    room: dict[int, list[int]] = {}  # free tokens -> a heap of the rows that have so many
+    sizes = 0  # bit n is set where some row has n free tokens: one shift finds the least that suffice
+    for item in np.argsort(-np.asarray(lengths, np.int64), kind="stable").tolist():
+        length = lengths[item]
+        enough = sizes >> length
+        if enough:
+            free = length + (enough & -enough).bit_length() - 1
+            row = heapq.heappop(room[free])
+            if not room[free]:
+                sizes ^= 1 << free
         else:
-            free, row = room.pop(at)
+            free, row = row_tokens, len(rows)
+            rows.append([])
         rows[row].append(item)
-        bisect.insort(room, (free - lengths[item], row))
+        if left := free - length:
+            heapq.heappush(room.setdefault(left, []), row)
+            sizes |= 1 << left
     return rows
 
 

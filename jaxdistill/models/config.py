@@ -54,11 +54,11 @@ class Config:
             "H": self.head_dim,
         }
 
-    def flops_per_token(self, attended: float) -> float:
+    def flops_per_token(self, attended: Any) -> Any:
         """Training FLOPs of one token that sits in a document of `attended` tokens.
 
         6 x matmul weights (head included, embedding lookup not) + 6 x layers x heads x head_dim x document length:
-        the causal half of 12 x layers x heads x head_dim x length.
+        the causal half of 12 x layers x heads x head_dim x length. A number for a number, an array for an array.
         """
         per_layer = self.embed * self.head_dim * (2 * self.heads + 2 * self.kv_heads) + 3 * self.embed * self.mlp
         matmul_weights = self.layers * per_layer + self.vocab * self.embed

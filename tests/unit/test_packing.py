@@ -9,8 +9,9 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxdistill import train_step
+from jaxdistill import metrics, train_step
 from jaxdistill.data import loader, packing
+from jaxdistill.data.dealing import Deal
 from jaxdistill.data.loader import PackedSet
 from jaxdistill.models import decoder
 
@@ -103,6 +104,43 @@ def test_position_in_the_input_is_restored(taken: int):
     again = loader.batches(rows, batch_rows=4, epochs=2, seed=3)
     again.set_state(iterator.get_state())
     assert [names for _, names in again] == whole[taken:]
+
+
+# --- dealing ---------------------------------------------------------------------------------------------------------
+
+
+def imbalance(deal: Deal, costs: np.ndarray, rows: int) -> float:
+    return float(np.mean([metrics.flop_imbalance(costs[step][None]) for step in deal if len(step) == rows]))
+
+
+@given(st.integers(1, 40), st.integers(1, 7), st.integers(1, 3), st.integers(1, 6), st.integers(0, 9))
+def test_deal_gives_every_row_once_an_epoch_near_its_place(count: int, rows: int, epochs: int, window: int, seed: int):
+    costs = np.random.default_rng(seed).uniform(size=count)
+    deal, plain = (list(Deal(costs, rows, epochs, seed, w)) for w in (window, 1))
+    assert [len(step) for step in deal[:-1]] == [rows] * (len(deal) - 1)
+    for first in range(0, len(deal), window):  # each window holds what the plain shuffle would deal there
+        here = slice(first, first + window)
+        assert sorted(np.concatenate(deal[here])) == sorted(np.concatenate(plain[here]))
+    stream = np.concatenate(plain)
+    for epoch in range(epochs):
+        assert sorted(stream[epoch * count : (epoch + 1) * count]) == list(range(count))
+
+
+def test_rows_of_a_step_cost_alike_and_steps_come_in_random_order():
+    costs = np.random.default_rng(0).lognormal(size=4_096)
+    found = imbalance(Deal(costs, 64, 1, 0, window=16), costs, 64)
+    assert found < 0.5 * imbalance(Deal(costs, 64, 1, 0, window=1), costs, 64)
+    means = [costs[step].mean() for step in Deal(costs, 64, 1, 0, window=16)]
+    assert 20 < np.sum(np.diff(means) > 0) < 44, "not from cheap to dear"
+
+
+def test_any_step_can_be_asked_for_first():
+    costs = np.arange(100.0)
+    whole = list(Deal(costs, 3, 2, 5, window=4))
+    for step in (60, 0, 17, -1):
+        assert Deal(costs, 3, 2, 5, window=4)[step].tolist() == whole[step].tolist()
+    with pytest.raises(IndexError):
+        Deal(costs, 3, 2, 5, window=4)[len(whole)]
 
 
 # --- what the model sees ---------------------------------------------------------------------------------------------
