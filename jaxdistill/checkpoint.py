@@ -13,10 +13,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxdistill import hf, sharding, weights
+from jaxdistill import hf, manifest, sharding, weights
 from jaxdistill.errors import UserError, disk_full
 from jaxdistill.models import decoder
 from jaxdistill.models.config import Config
+from jaxdistill.models.context import ContextExtension
 
 _FOLDER = "checkpoints"
 _EDGE_BYTES = 1 << 18  # read of each end of a file for a fingerprint
@@ -90,11 +91,15 @@ def newest_input(phase: Path) -> tuple[int, dict[str, Any]] | None:
         return step, manager.restore(step, args=ocp.args.Composite(input=ocp.args.JsonRestore()))["input"]
 
 
-def keep_base(source: Path, phase: Path) -> None:
-    """Copies config and tokenizer of the model trained from into the phase's folder."""
+def keep_base(source: Path, phase: Path, extension: ContextExtension | None = None) -> None:
+    """Copies config and tokenizer of the model trained from into the phase's folder, its context extended if asked."""
     target = phase / _BASE
     target.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source / "config.json", target / "config.json")
+    if extension is None:
+        shutil.copyfile(source / "config.json", target / "config.json")
+    else:
+        _, values = hf.read_config(source)
+        manifest.write_json(target / "config.json", extension.apply(values))
     hf.copy_companions(source, target)
 
 
@@ -157,8 +162,10 @@ def load_model(model: Path, step: int | None = None, dtype: Any = np.float32) ->
     with ocp.CheckpointManager((model / _FOLDER).absolute()) as manager:
         step = _whole_step(manager, model, step)
         sharding.check_divisible(config.sizes(), dict(jax.sharding.get_mesh().shape), sharding.STORAGE)
-        wanted = {"params": weights.abstract(decoder.template(config), dtype)}
+        stored = manager.restore(step, args=ocp.args.Composite(input=ocp.args.JsonRestore()))["input"]
+        result = stored.get("result", "params")  # the name of the weights, or of their average, in the state
+        wanted = {result: weights.abstract(decoder.template(config), dtype)}
         layouts = ocp.checkpoint_utils.construct_restore_args(wanted)
         items = ocp.args.Composite(state=ocp.args.PyTreeRestore(wanted, restore_args=layouts, partial_restore=True))
-        params = manager.restore(step, args=items)["state"]["params"]
+        params = manager.restore(step, args=items)["state"][result]
     return params, config

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType
 
 from jaxdistill.errors import UserError
@@ -110,6 +111,19 @@ def check_divisible(sizes: Mapping[str, int], mesh: Mapping[str, int], table: Ma
             problems.append(f"{letter} = {size} is not a multiple of {ways} ({axes})")
     if problems:
         raise UserError(f"the mesh {dict(mesh)} does not fit: {'; '.join(problems)} (letters: docs/shapes.md)")
+
+
+def row_order(length: int, shards: int) -> np.ndarray:
+    """Which position of a row stands at each place when the row is split over `shards` devices [length].
+
+    A row is cut into 2 x shards chunks, and shard i holds the i-th and the i-th last ("zigzag"): the later a query, the
+    more keys it sees, so with one chunk each the last device would work almost twice the average.
+    """
+    if shards == 1:
+        return np.arange(length)
+    chunks = np.arange(length).reshape(2 * shards, -1)
+    pairs = np.stack([np.arange(shards), np.arange(2 * shards)[::-1][:shards]], axis=1)
+    return chunks[pairs.ravel()].ravel()
 
 
 def put(x: Any, dims: str) -> jax.Array:

@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 
-from jaxdistill import hf, manifest, metrics, optim, sharding, weights
+from jaxdistill import hf, manifest, metrics, models, optim, sharding, weights
 from jaxdistill.checkpoint import Checkpoints, base_of, fingerprint, keep_base, load_model, newest_input
 from jaxdistill.data import chat, loader
-from jaxdistill.errors import RunError, UserError
+from jaxdistill.data.packing import Batch
+from jaxdistill.errors import UserError
 from jaxdistill.models import decoder
+from jaxdistill.models.attention import packed
+from jaxdistill.models.context import ContextExtension
 from jaxdistill.optim import OptimConfig
 from jaxdistill.progress import Progress
 from jaxdistill.sharding import MeshConfig
@@ -61,9 +62,11 @@ class TrainConfig:
     workdir: Path  # run folder; run again with the same one to resume
     model: Path  # Hugging Face folder, or a phase folder of another run
     phases: tuple[Phase, ...] = (Phase(name="sft", examples=Path("examples.jsonl")),)  # one after another
+    context: ContextExtension | None = None  # for rows longer than the model was made for; the export has it too
     heldout: Path | None = None  # Example rows whose loss is measured before, between and after
     row_tokens: int = 8192  # T, positions in a packed row
     batch_rows: int = 8  # rows in an optimizer step, over all devices
+    deal_window: int = 16  # steps that trade rows, so that those of a step cost alike; 1 is a plain shuffle
     mesh: MeshConfig = MeshConfig()
     step: StepConfig = StepConfig()
     seed: int = 0  # of the order of rows, and of noise
@@ -74,7 +77,7 @@ class TrainConfig:
     def __post_init__(self):
         if not self.phases or len({p.name for p in self.phases}) < len(self.phases):
             raise UserError(f"phases are named {[p.name for p in self.phases]}; expected at least one, all different")
-        for name in ("row_tokens", "batch_rows", "save_every", "keep", "log_every"):
+        for name in ("row_tokens", "batch_rows", "deal_window", "save_every", "keep", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; expected 1 or more")
         if self.batch_rows % self.step.accumulate:
@@ -89,12 +92,9 @@ def check_mesh_rows(mesh: Mapping[str, int], rows: int, row_tokens: int) -> None
             f"{rows} rows at a time (batch_rows / step.accumulate) do not split over data {mesh['data']} x fsdp "
             f"{mesh['fsdp']}; make them a multiple of {ways}"
         )
-    if row_tokens % mesh["context"]:
-        raise UserError(f"row_tokens {row_tokens} is not a multiple of mesh.context {mesh['context']}")
-
-
-class NonFiniteLossError(RunError):
-    """Training stopped: the loss or its gradient was not finite. The last checkpoint is from before."""
+    chunks = 2 * mesh["context"] if mesh["context"] > 1 else 1  # sharding.row_order
+    if row_tokens % chunks:
+        raise UserError(f"row_tokens {row_tokens} is not a multiple of twice mesh.context {mesh['context']}")
 
 
 def main(config: TrainConfig) -> dict[str, Any]:
@@ -125,16 +125,19 @@ class Run:
         self.config = config
         self.workdir = config.workdir
         self.base = base_of(config.model)
-        self.c, _ = hf.read_config(self.base)
+        self.c, values = hf.read_config(self.base)
+        if config.context is not None:
+            self.c = models.family(self.c.model_type).config(config.context.apply(values))
         if config.row_tokens > self.c.max_positions:
             raise UserError(
                 f"row_tokens is {config.row_tokens}, but {config.model} was made for {self.c.max_positions} positions "
-                "(max_position_embeddings); use shorter rows"
+                "(max_position_embeddings); use shorter rows, or extend its context (--help: context)"
             )
         mesh = dict(jax.sharding.get_mesh().shape)
         check_mesh_rows(mesh, config.batch_rows // config.step.accumulate, config.row_tokens)
         self.template = decoder.template(self.c)
         sharding.check_divisible(self.c.sizes(), mesh, sharding.STORAGE)
+        packed.check(self.c.heads, self.c.kv_heads, mesh, config.step.context)
         self.tokenizer = chat.load_tokenizer(self.base)
         self.console = console or Console(stderr=True)
         self.peak, self.peak_source = metrics.peak_flops(jnp.dtype(config.step.compute_dtype))
@@ -151,17 +154,21 @@ class Run:
     def _stages(self) -> list[_Stage]:
         """All phases, read and checked before anything is written: a mistake in the last one shows at once."""
         config, stages, parent = self.config, [], fingerprint(self.config.model)
+        context = dataclasses.asdict(config.context) if config.context else None
         for phase in config.phases:
             rows = self._prepare(phase.examples)
             steps = phase.steps or math.ceil(len(rows) * phase.epochs / config.batch_rows)
             origin = {
                 "model": parent,
+                "context": context,
                 "data": rows.fingerprint(),
                 "steps": steps,
                 "batch_rows": config.batch_rows,
+                "deal_window": config.deal_window,
                 "seed": config.seed,
                 "optim": dataclasses.asdict(phase.optim),
             }
+            origin = json.loads(json.dumps(origin))  # as a checkpoint gives it back
             parent = hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()
             stages.append(_Stage(phase, self.workdir / phase.name, rows, steps, origin))
             _check_earlier(stages[-1])
@@ -176,7 +183,8 @@ class Run:
             model = stage.folder
         heldout = [config.heldout] if config.heldout else []
         inputs = [self.base / "config.json", *(p.examples for p in config.phases), *heldout]
-        facts = {"model": self.stages[0].origin["model"], "mfu_formula": metrics.MFU_FORMULA, "peak": self.peak_source}
+        origin = {name: self.stages[0].origin[name] for name in ("model", "context")}
+        facts = {**origin, "mfu_formula": metrics.MFU_FORMULA, "peak": self.peak_source}
         manifest.write_manifest(self.workdir, "train", inputs, {}, phases=done, **facts)
         return done
 
@@ -187,16 +195,16 @@ class Run:
         if self.heldout is not None:
             loader.write_receipts(folder / "heldout_dropped.jsonl", self.heldout.dropped)
         optimizer = optim.make(stage.phase.optim, stage.steps, self.template)
-        keep_base(self.base, folder)
+        keep_base(self.base, folder, config.context)
         checkpoints = Checkpoints(folder, config.keep)
         epochs = math.ceil(stage.steps * config.batch_rows / len(rows))
-        batches = loader.batches(rows, config.batch_rows, epochs, config.seed)
+        batches = loader.batches(rows, config.batch_rows, epochs, config.seed, config.deal_window)
         log = metrics.MetricsLog(folder)
         try:
-            state = self._start(checkpoints, optimizer, batches, model, log)
+            state = self._start(stage, checkpoints, optimizer, batches, model, log)
             self._describe(stage, int(state.step))
             state = self._loop(state, stage, optimizer, batches, checkpoints, log)
-            heldout = self._log_heldout(stage.steps, state.params, log)
+            heldout = self._log_heldout(stage.steps, getattr(state, state.result_name), log)
         finally:
             checkpoints.close()
             log.close()
@@ -212,6 +220,7 @@ class Run:
 
     def _start(
         self,
+        stage: _Stage,
         checkpoints: Checkpoints,
         optimizer: optax.GradientTransformation,
         batches: grain.DatasetIterator,
@@ -219,14 +228,14 @@ class Run:
         log: metrics.MetricsLog,
     ) -> State:
         """The newest checkpoint's state, with the input moved to its place; or a new state from `model`."""
-        newest = checkpoints.latest_step
+        newest, average = checkpoints.latest_step, stage.phase.optim.average_decay > 0
         if newest is None:
             params, _ = load_model(model)
-            state = new_state(params, optimizer, self.config.seed)
+            state = new_state(params, optimizer, self.config.seed, average)
             self._log_heldout(0, state.params, log)
             return state
         like = weights.abstract(self.template)
-        abstract = jax.eval_shape(lambda p: new_state(p, optimizer, self.config.seed), like)
+        abstract = jax.eval_shape(lambda p: new_state(p, optimizer, self.config.seed, average), like)
         state, stored = checkpoints.restore(newest, weights.on_mesh(abstract))
         batches.set_state(stored["position"])
         self.console.print(f"resumed from step {newest}")
@@ -251,54 +260,40 @@ class Run:
         log: metrics.MetricsLog,
     ) -> State:
         """Steps to the end; the metrics of a step are read while the next one runs."""
-        config, steps = self.config, stage.steps
-        train_step = make_step(config.step, self.c, optimizer)
-        learning_rate = optim.schedule(stage.phase.optim, steps)
-        flops_per_token = self.c.flops_per_token(stage.rows.attended_tokens)
-        waiting: tuple[int, dict[str, Array], int, tuple[str, ...]] | None = None
-        last = time.perf_counter()
-
-        def settle() -> None:
-            """Waits for the step in flight, checks its loss and logs it."""
-            nonlocal waiting, last
-            if waiting is None:
-                return
-            number, values, tokens, ids = waiting
-            waiting = None
-            numbers = {name: float(value) for name, value in values.items()}
-            # The loss is of the weights before this step; the gradient norm tells whether those after it are sound
-            if not (math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"])):
-                raise NonFiniteLossError(
-                    f"step {number} of {stage.name}: the loss is {numbers['loss']} and the gradient norm "
-                    f"{numbers['grad_norm']} (learning rate {float(learning_rate(number - 1)):.3g}); the batch held "
-                    f"{', '.join(ids)}. Checkpoints up to the step before are intact: look at those documents, "
-                    "or lower optim.peak_lr or optim.clip_norm in another workdir, with this phase as its model"
-                )
-            now = time.perf_counter()
-            seconds, last = now - last, now
-            rate = tokens / seconds
-            mfu = flops_per_token * rate / (jax.device_count() * self.peak)
-            if number % config.log_every == 0 or number == steps:
-                lr = float(learning_rate(number - 1))
-                log.write(number, **numbers, learning_rate=lr, step_s=seconds, tokens_per_s=rate, mfu=mfu)
-            bar.update(
-                task,
-                completed=number,
-                note=f"loss {numbers['loss']:.4f}  {rate:,.0f} tok/s  {seconds:.2f} s/step  MFU {mfu:.1%}",
-            )
-
-        start = int(state.step)
+        config, steps, start = self.config, stage.steps, int(state.step)
+        train_step = make_step(config.step, self.c, optimizer, stage.phase.optim.average_decay)
         with Progress(*_COLUMNS, console=self.console, speed_estimate_period=_ESTIMATE_S) as bar:
             task = bar.add_task(stage.name, total=steps, completed=start, note="compiling")
+            steps_log = metrics.StepLog(
+                stage.name,
+                log,
+                lambda number, note: bar.update(task, completed=number, note=note),
+                optim.schedule(stage.phase.optim, steps),
+                flops_per_token=self.c.flops_per_token(stage.rows.attended_tokens),
+                peak_flops=jax.device_count() * self.peak,
+                every=config.log_every,
+                last=steps,
+            )
             for number in range(start + 1, steps + 1):
                 batch, ids = next(batches)
                 state, values = train_step(state, place(batch, config.step.accumulate))
-                settle()
-                waiting = (number, values, int(np.count_nonzero(batch.segments)), ids)
+                steps_log.add(number, values, self._facts(batch), ids)
                 if number % config.save_every == 0 or number == steps:
-                    settle()  # a state is saved only after its loss was seen to be finite
-                    checkpoints.save(number, state, {"position": batches.get_state(), "origin": stage.origin})
+                    steps_log.settle()  # a state is saved only after its loss was seen to be finite
+                    place_in_input = {"position": batches.get_state(), "origin": stage.origin}
+                    checkpoints.save(number, state, {**place_in_input, "result": state.result_name})
         return state
+
+    def _facts(self, batch: Batch) -> dict[str, float]:
+        """Tokens of a batch, its share of padding, and how unevenly its FLOPs fall on the data-parallel ranks."""
+        tokens, mesh = np.count_nonzero(batch.segments), jax.sharding.get_mesh().shape
+        flops_per_position = self.c.flops_per_token(batch.lengths.mean(-1, dtype=np.float64))  # of each row
+        by_rank = flops_per_position.reshape(self.config.step.accumulate, mesh["data"] * mesh["fsdp"], -1).sum(-1)
+        return {
+            "tokens": float(tokens),
+            "padding_fraction": 1 - tokens / batch.segments.size,
+            "flop_imbalance": metrics.flop_imbalance(by_rank),
+        }
 
     def _log_heldout(self, step: int, params: decoder.Params, log: metrics.MetricsLog) -> float | None:
         """Token-mean loss on the held-out examples."""

@@ -15,6 +15,7 @@ from jaxdistill.data.packing import Batch
 from jaxdistill.errors import UserError
 from jaxdistill.loss import cross_entropy_sum
 from jaxdistill.models import decoder
+from jaxdistill.models.attention.packed import ContextParallelism
 from jaxdistill.models.config import Config
 
 
@@ -25,6 +26,7 @@ class StepConfig:
     accumulate: int = 1  # pieces a batch is worked off in, to save memory
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of activations; weights and moments are float32
     remat: decoder.Remat = "full"  # what the backward pass finds saved
+    context: ContextParallelism = "all_gather"  # how attention crosses mesh.context; ulysses within a node of GPUs
     neftune_alpha: float = 0.0  # noise on the embeddings (arXiv 2310.05914); 0 is none
 
     def __post_init__(self):
@@ -45,40 +47,66 @@ class State:
     params: decoder.Params
     opt_state: optax.OptState
     key: Any  # random key [], split by folding in the step
+    average: Any = None  # Params: of the weights over the steps, where it is asked for
+
+    @property
+    def result_name(self) -> str:
+        """The field that holds the weights which the phase hands on."""
+        return "params" if self.average is None else "average"
 
 
-def new_state(params: decoder.Params, optimizer: optax.GradientTransformation, seed: int) -> State:
+def new_state(
+    params: decoder.Params, optimizer: optax.GradientTransformation, seed: int, average: bool = False
+) -> State:
     """The state before the first step; every array is on the mesh, replicated where it is not a weight."""
     step, key = sharding.replicate(jnp.zeros((), jnp.int32)), sharding.replicate(jax.random.key(seed))
-    return State(step=step, params=params, opt_state=jax.jit(optimizer.init)(params), key=key)
+    opt_state = jax.jit(optimizer.init)(params)
+    copy = jax.tree.map(jnp.copy, params) if average else None
+    return State(step=step, params=params, opt_state=opt_state, key=key, average=copy)
 
 
-def loss_sum(params: decoder.Params, batch: Batch, c: Config, dtype: Any, remat: decoder.Remat, noise: Any) -> Array:
+def loss_sum(
+    params: decoder.Params,
+    batch: Batch,
+    c: Config,
+    dtype: Any,
+    remat: decoder.Remat,
+    noise: Any,
+    context: ContextParallelism = "all_gather",
+) -> Array:
     """Weighted negative log-likelihood of packed rows [B, T], summed over tokens."""
-    x = decoder.hidden(params, batch.tokens, batch.positions, batch.segments, c, dtype, remat, noise)
+    rows = batch.tokens, batch.positions, batch.segments
+    x = decoder.hidden(params, *rows, c, dtype, remat, noise, context)
     return cross_entropy_sum(x, decoder.head(params), batch.targets, batch.weights)
 
 
 def neftune_noise(key: PRNGKeyArray, lengths: Int[Array, "B T"], alpha: float, c: Config, dtype: Any) -> Any:
     """Uniform noise of scale alpha / sqrt(document length x D), as in arXiv 2310.05914, section 2."""
-    shape = (*lengths.shape, c.embed)
-    uniform = jax.random.uniform(key, shape, dtype, -1.0, 1.0, out_sharding=sharding.spec("BTD"))
+    shape, layout = (*lengths.shape, c.embed), sharding.spec("BTD")
+    uniform = jax.random.uniform(key, shape, dtype, -1.0, 1.0, out_sharding=layout)
+    shards = jax.sharding.get_abstract_mesh().shape["context"]
+    if shards > 1:  # the same noise for a position wherever it stands
+        whole = jax.sharding.reshard(uniform, sharding.spec("BSD"))
+        uniform = whole.at[:, sharding.row_order(shape[1], shards)].get(out_sharding=layout)
     return uniform * (alpha * jax.lax.rsqrt(jnp.maximum(lengths, 1) * float(c.embed)))[..., None].astype(dtype)
 
 
 def make_step(
-    config: StepConfig, c: Config, optimizer: optax.GradientTransformation
+    config: StepConfig, c: Config, optimizer: optax.GradientTransformation, average_decay: float = 0.0
 ) -> Callable[[State, Batch], tuple[State, dict[str, Array]]]:
     """The jitted training step. Batches are [accumulate, B, T]; the old state's memory is reused.
 
     The loss is the mean over the global batch's weighted tokens: pieces are summed and divided once.
+
+    Args:
+      average_decay: of the state's average, where it has one.
     """
     dtype = jnp.dtype(config.compute_dtype)
 
     def piece_loss(params: decoder.Params, piece: Batch, key: PRNGKeyArray, total: Array) -> Array:
         alpha = config.neftune_alpha
         noise = neftune_noise(key, piece.lengths, alpha, c, dtype) if alpha else None
-        return loss_sum(params, piece, c, dtype, config.remat, noise) / total
+        return loss_sum(params, piece, c, dtype, config.remat, noise, config.context) / total
 
     def step(state: State, batch: Batch) -> tuple[State, dict[str, Array]]:
         total = jnp.maximum(jnp.sum(batch.weights), 1e-6)
@@ -97,7 +125,11 @@ def make_step(
             (loss, grads), _ = jax.lax.scan(piece, zero, (batch, jnp.arange(config.accumulate)))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)  # type: ignore[arg-type]
         params: Any = optax.apply_updates(state.params, updates)  # type: ignore[arg-type]
-        new = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state)
+        average = state.average
+        if average is not None:  # over all steps so far, until those are as many as the decay remembers
+            share = jnp.maximum(1 - average_decay, 1 / (state.step + 1))
+            average = optax.incremental_update(params, average, share)
+        new = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state, average=average)
         return new, {"loss": loss, "grad_norm": optax.tree.norm(grads), "loss_tokens": total}
 
     return jax.jit(step, donate_argnums=0)
@@ -108,15 +140,17 @@ def make_heldout_loss(config: StepConfig, c: Config) -> Callable[[decoder.Params
     dtype = jnp.dtype(config.compute_dtype)
 
     def sums(params: decoder.Params, batch: Batch) -> tuple[Array, Array]:
-        return loss_sum(params, batch, c, dtype, "none", None), jnp.sum(batch.weights)
+        return loss_sum(params, batch, c, dtype, "none", None, config.context), jnp.sum(batch.weights)
 
     return jax.jit(sums)
 
 
 def place(batch: Batch, accumulate: int | None = None) -> Batch:
-    """A host batch [rows, T] on the mesh, cut into [accumulate, B, T] if asked."""
+    """A host batch [rows, T] on the mesh, cut into [accumulate, B, T] if asked; positions as `sharding.row_order`."""
+    order = sharding.row_order(batch.tokens.shape[-1], jax.sharding.get_mesh().shape["context"])
 
     def put(x: Any) -> jax.Array:
+        x = x[..., order]
         if accumulate is None:
             return sharding.put(x, "BT")
         return sharding.put(x.reshape(accumulate, -1, x.shape[-1]), "ABT")

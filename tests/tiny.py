@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType
 
-from jaxdistill import sharding, weights
+from jaxdistill import sharding, train_step, weights
 from jaxdistill.data import packing
 from jaxdistill.data.chat import Document
 from jaxdistill.models import decoder, family
@@ -143,7 +143,7 @@ def packed(lengths: Sequence[int], vocab: int, rows: int, row_tokens: int, seed:
 
 def place(batch: packing.Batch) -> packing.Batch:
     """A host batch [B, T] on the current mesh."""
-    return jax.tree.map(lambda x: sharding.put(x, "BT"), batch)
+    return train_step.place(batch)
 
 
 # --- tokenizers ------------------------------------------------------------------------------------------------------

@@ -209,6 +209,7 @@ class Demo:
             phases=phases,
             row_tokens=self._row_tokens(),
             batch_rows=self.config.batch_rows,
+            deal_window=1,  # nothing waits for another device
             step=StepConfig(compute_dtype="float32", remat="none"),
             seed=self.config.seed,
             save_every=200,

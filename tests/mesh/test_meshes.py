@@ -11,7 +11,9 @@ import tiny
 from jaxdistill import loss, optim, sharding, train, train_step
 from jaxdistill.data.packing import Batch
 from jaxdistill.errors import UserError
-from jaxdistill.models import attention, decoder
+from jaxdistill.models import decoder
+from jaxdistill.models.attention import blockwise, packed
+from jaxdistill.models.attention.packed import ContextParallelism
 from jaxdistill.models.config import Config
 from jaxdistill.sharding import MeshConfig
 
@@ -41,21 +43,23 @@ def architecture(model_type: str, kv_heads: int) -> Config:
 def _several_chunks():
     """Attention in blocks that do not divide the row, and the loss of one device in 4 chunks; compiled in a hurry."""
     with pytest.MonkeyPatch.context() as patch, jax.default_matmul_precision("highest"):
-        patch.setattr(attention, "_QUERY_BLOCK", 7)  # two on a device, where rows are split eight ways
-        patch.setattr(attention, "_KEY_BLOCK", 24)
+        patch.setattr(blockwise, "_QUERY_BLOCK", 7)  # two on a device, where rows are split eight ways
+        patch.setattr(blockwise, "_KEY_BLOCK", 24)
         patch.setattr(loss, "_CHUNK_LOGITS", 1)
         jax.config.update("jax_disable_most_optimizations", True)
         yield
         jax.config.update("jax_disable_most_optimizations", False)
 
 
-def loss_and_gradients(c: Config, remat: decoder.Remat, sizes: dict[str, int]) -> Any:
+def loss_and_gradients(
+    c: Config, remat: decoder.Remat, sizes: dict[str, int], context: ContextParallelism = "all_gather"
+) -> Any:
     """Loss and gradients of packed rows, on the host."""
     with tiny.mesh(**sizes):
         params, batch = tiny.put(tiny.values(c), c), tiny.place(tiny.packed(LENGTHS, c.vocab, ROWS, T))
 
         def mean(params: decoder.Params, batch: Batch) -> jax.Array:
-            return train_step.loss_sum(params, batch, c, jnp.float32, remat, None) / jnp.sum(batch.weights)
+            return train_step.loss_sum(params, batch, c, jnp.float32, remat, None, context) / jnp.sum(batch.weights)
 
         value, gradients = jax.jit(jax.value_and_grad(mean))(params, batch)
         for gradient, weight in zip(jax.tree.leaves(gradients), jax.tree.leaves(params), strict=True):
@@ -88,6 +92,33 @@ def test_loss_and_gradients_equal_one_device(sizes: dict[str, int], on_one_devic
     found, gradients = loss_and_gradients(c, "full", sizes)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     tiny.assert_trees_close(gradients, expected_gradients, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "kv_heads"),
+    [
+        ({"context": 8}, 8),
+        ({"context": 8}, 2),  # four copies of each key/value head
+        ({"data": 2, "context": 4}, 4),
+        ({"context": 4, "tensor": 2}, 2),  # one key/value head a device, four copies
+        ({"fsdp": 2, "context": 2, "tensor": 2}, 4),
+    ],
+    ids=str,
+)
+def test_ulysses_equals_one_device(sizes: dict[str, int], kv_heads: int, on_one_device: Any):
+    c = architecture("qwen2", kv_heads)
+    expected, expected_gradients = on_one_device(c)
+    found, gradients = loss_and_gradients(c, "full", sizes, "ulysses")
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    tiny.assert_trees_close(gradients, expected_gradients, 1e-5)
+
+
+def test_ulysses_that_does_not_come_out_even():
+    mesh = tiny.ONE_DEVICE | {"context": 4, "tensor": 2}
+    packed.check(8, 2, mesh, "ulysses")
+    packed.check(12, 6, mesh, "all_gather")
+    with pytest.raises(UserError, match=r"deals 6 query and 3 key/value heads .* to mesh.context 4"):
+        packed.check(12, 6, mesh, "ulysses")
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3"])
@@ -143,6 +174,22 @@ def test_loss_is_the_token_mean_whatever_the_accumulation():
     tiny.assert_trees_close(params, expected_params, 2e-5)
 
 
+def test_average_is_the_mean_of_all_steps_until_the_decay_remembers_fewer():
+    c = architecture("llama", 2)
+    with tiny.mesh(fsdp=2):
+        optimizer = optim.make(optim.OptimConfig(peak_lr=1e-2), 3, decoder.template(c))
+        state = train_step.new_state(tiny.put(tiny.values(c), c), optimizer, seed=1, average=True)
+        step = train_step.make_step(train_step.StepConfig(compute_dtype="float32"), c, optimizer, average_decay=0.5)
+        params = []
+        for number in range(3):
+            batch = train_step.place(tiny.packed(LENGTHS, c.vocab, ROWS, T, seed=number), 1)
+            state, _ = step(state, batch)
+            params.append(jax.device_get(state.params))
+        average = jax.device_get(state.average)
+    expected = jax.tree.map(lambda a, b, c: (a + b) / 4 + c / 2, *params)
+    tiny.assert_trees_close(average, expected, 1e-6)
+
+
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
@@ -165,7 +212,7 @@ def test_mesh_that_does_not_fit_the_model():
 def test_rows_that_the_mesh_cannot_split():
     with pytest.raises(UserError, match=r"4 rows at a time .* make them a multiple of 8"):
         train.check_mesh_rows(MeshConfig(fsdp=4).sizes(), 4, 64)
-    with pytest.raises(UserError, match=r"row_tokens 60 is not a multiple of mesh.context 8"):
+    with pytest.raises(UserError, match=r"row_tokens 60 is not a multiple of twice mesh.context 8"):
         train.check_mesh_rows(MeshConfig(context=8).sizes(), 4, 60)
 
 

@@ -5,19 +5,20 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 import tiny
 
-from jaxdistill import hf, models, sharding
-from jaxdistill.models import FAMILIES, decoder
-from jaxdistill.models.config import read_rope
+from jaxdistill import export, hf, models
+from jaxdistill.errors import UserError
+from jaxdistill.models import FAMILIES
+from jaxdistill.models.config import Config, read_rope
+from jaxdistill.models.context import ContextExtension
 from jaxdistill.models.layers import inverse_frequencies
 
 TRANSFORMERS4 = Path(__file__).parents[2] / ".tools" / "transformers4"
@@ -95,6 +96,13 @@ def theirs(folder: Path) -> np.ndarray:
         return model(torch.from_numpy(TOKENS)).logits.numpy()
 
 
+def ours(folder: Path, c: Config | None = None) -> np.ndarray:
+    """Logits of this package in float32; `c` in place of the folder's own architecture."""
+    with tiny.mesh():
+        params, own = hf.load(folder)
+        return export.logits(params, TOKENS, c or own)
+
+
 @pytest.fixture(scope="module")
 def expected(folders: dict[Case, Path]) -> dict[Case, np.ndarray]:
     return {case: theirs(folder) for case, folder in folders.items()}
@@ -121,15 +129,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def test_logits_equal_those_of_transformers(case: Case, folders: dict[Case, Path], expected: dict[Case, np.ndarray]):
-    with tiny.mesh(), jax.default_matmul_precision("highest"):
-        params, c = hf.load(folders[case])
-        rows = [sharding.put(x, "BT") for x in (TOKENS.astype(np.int32), np.arange(T)[None], np.ones((1, T), np.int32))]
-
-        @jax.jit
-        def logits(params, tokens, positions, segments):
-            return decoder.logits(params, decoder.hidden(params, tokens, positions, segments, c, jnp.float32))
-
-        found = np.asarray(logits(params, *rows))
+    found = ours(folders[case])
     assert np.abs(expected[case]).max() > 1, "the random model says something"
     assert np.abs(found - expected[case]).max() < 1e-4 * np.abs(expected[case]).max()
     off = np.abs(log_softmax(found) - log_softmax(expected[case]))
@@ -183,18 +183,22 @@ print(json.dumps(found))
 """
 
 
-@pytest.fixture(scope="module")
-def read_by_4(exports: dict[Case, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """RoPE of every export as transformers 4 reads it; its logits lie beside the export."""
+def logits_of_4(folders: Mapping[Any, Path], scratch: Path) -> dict[str, Any]:
+    """RoPE of every folder as transformers 4 reads it; its logits are left in the folders."""
     if not TRANSFORMERS4.is_dir():
         pytest.skip(f"{TRANSFORMERS4} is absent; `make test` installs transformers 4 there")
-    path = tmp_path_factory.mktemp("tokens") / "tokens.npy"
+    path = scratch / "tokens.npy"
     np.save(path, TOKENS)
     environment = {**os.environ, "PYTHONPATH": str(TRANSFORMERS4), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", READ_BY_4, str(path), *map(str, exports.values())]
+    command = [sys.executable, "-c", READ_BY_4, str(path), *map(str, folders.values())]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def read_by_4(exports: dict[Case, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return logits_of_4(exports, tmp_path_factory.mktemp("tokens"))
 
 
 def test_export_in_transformers_4(
@@ -217,6 +221,60 @@ def test_config_of_transformers_4_is_read(folders: dict[Case, Path]):
         kind = rope.pop("rope_type")
         old["rope_scaling"] = None if kind == "default" else {**rope, "type": kind}
         assert models.family(case.model_type).config(old) == hf.read_config(folder)[0]
+
+
+EXTENSIONS = {
+    "theta": ContextExtension(positions=256, rope_theta=9_000.0),
+    "yarn": ContextExtension(positions=256, yarn=True),
+    "both": ContextExtension(positions=256, rope_theta=9_000.0, yarn=True),
+}
+
+
+@pytest.fixture(scope="module")
+def extended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Exports of a model of 64 positions whose context was extended to 256; the tokens run over both."""
+    folders = {}
+    hf_config = tiny.hf_config("qwen2", max_position_embeddings=64)
+    c = tiny.config("qwen2", max_position_embeddings=64)
+    for name, extension in EXTENSIONS.items():
+        folders[name] = tmp_path_factory.mktemp("extended") / name
+        with tiny.mesh():
+            hf.save(folders[name], tiny.put(tiny.values(c), c), extension.apply(hf_config))
+    return folders
+
+
+@pytest.mark.parametrize("name", EXTENSIONS)
+def test_logits_past_the_old_limit_equal_those_of_transformers(name: str, extended: dict[str, Path]):
+    wanted, found = theirs(extended[name]), ours(extended[name])
+    assert np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max()
+    plain = tiny.config("qwen2", max_position_embeddings=64)
+    assert np.abs(ours(extended[name], plain) - found)[:, 100:].max() > 0.01 * np.abs(wanted).max(), "RoPE has changed"
+
+
+def test_extended_exports_in_transformers_4(extended: dict[str, Path], tmp_path: Path):
+    for name, (theta, scaling) in logits_of_4(extended, tmp_path).items():
+        assert theta == (EXTENSIONS[name].rope_theta or tiny.ROPES["default"]["rope_theta"])
+        assert (scaling or {}).get("factor") == (4.0 if EXTENSIONS[name].yarn else None)
+        wanted, found = theirs(extended[name]), np.load(extended[name] / "logits4.npy")
+        assert np.abs(found - wanted).max() < 1e-5 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize(
+    ("settings", "values", "message"),
+    [
+        ({"positions": 512}, {}, "expected context.rope_theta, context.yarn, or both"),
+        ({"positions": 256, "yarn": True}, {}, "context.positions is 256; expected more than the model's own 256"),
+        ({"positions": 512, "rope_theta": 100.0}, {}, "context.rope_theta is 100.0; expected more than .* 700.0"),
+        (
+            {"positions": 512, "yarn": True},
+            {"rope_parameters": tiny.ROPES["llama3"]},
+            "extended already .RoPE 'llama3'",
+        ),
+    ],
+)
+def test_extensions_that_make_no_sense(settings: dict[str, Any], values: dict[str, Any], message: str):
+    with pytest.raises(UserError, match=message):
+        ContextExtension(**settings).apply(tiny.hf_config("llama", **values))
 
 
 # theta, head size, and RoPE of models that people train

@@ -12,7 +12,8 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from jaxdistill import sharding
-from jaxdistill.models import attention
+from jaxdistill.models.attention import blockwise
+from jaxdistill.models.attention.packed import packed_attention
 
 Attend = Callable[[Array, Array, Array, Array], Array]
 PADDING = 0  # the segment id of positions that hold no document
@@ -58,8 +59,8 @@ ROWS = {
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_QUERY_BLOCK", 16)
-    monkeypatch.setattr(attention, "_KEY_BLOCK", 32)
+    monkeypatch.setattr(blockwise, "_QUERY_BLOCK", 16)
+    monkeypatch.setattr(blockwise, "_KEY_BLOCK", 32)
 
 
 def check(T: int, rows: Sequence[Sequence[int]], N: int, K: int, H: int) -> None:
@@ -81,7 +82,7 @@ def check(T: int, rows: Sequence[Sequence[int]], N: int, K: int, H: int) -> None
     expected = run(plain, *map(jnp.asarray, (q, k, v, ids)))
     with tiny.mesh():
         placed = (sharding.put(x, names) for x, names in ((q, "BTNH"), (k, "BTKH"), (v, "BTKH"), (ids, "BT")))
-        found = run(attention.packed_attention, *placed)
+        found = run(packed_attention, *placed)
     assert np.isfinite(found[0]).all(), "padding too must stay finite"
     np.testing.assert_allclose(found[0] * mask, expected[0] * mask, atol=2e-6)
     tiny.assert_trees_close(found[1:], expected[1:], 2e-6)
@@ -101,7 +102,7 @@ def test_heads(N: int, K: int, H: int):
 
 
 def test_full_size_blocks():
-    assert (attention._QUERY_BLOCK, attention._KEY_BLOCK) == (128, 256)
+    assert (blockwise._QUERY_BLOCK, blockwise._KEY_BLOCK) == (128, 256)
     check(1100, [[512, 300, 288]], N=4, K=2, H=16)
 
 
@@ -113,7 +114,7 @@ def test_keys_of_earlier_documents_are_not_read():
     v[:, :64] = np.nan
     with tiny.mesh():
         placed = (sharding.put(q, "BTNH"), sharding.put(k, "BTKH"), sharding.put(v, "BTKH"))
-        out = np.asarray(attention.packed_attention(*placed, sharding.put(ids, "BT")))
+        out = np.asarray(packed_attention(*placed, sharding.put(ids, "BT")))
     assert np.isnan(out[:, :64]).all()
     assert np.isfinite(out[:, 64:]).all()
 
@@ -122,5 +123,5 @@ def test_large_scores_do_not_overflow():
     q, k, v, _ = draw(1, 64, 4, 2, 16)
     with tiny.mesh():
         placed = (sharding.put(q * 1e3, "BTNH"), sharding.put(k * 1e3, "BTKH"), sharding.put(v, "BTKH"))
-        out = attention.packed_attention(*placed, sharding.put(segment_ids([[64]], 64), "BT"))
+        out = packed_attention(*placed, sharding.put(segment_ids([[64]], 64), "BT"))
     assert np.isfinite(np.asarray(out)).all()

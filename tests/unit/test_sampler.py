@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
-from jaxdistill import sharding
+from jaxdistill import export, sharding
 from jaxdistill.errors import UserError
 from jaxdistill.models import decoder
 from jaxdistill.sample import cache as kv
@@ -125,14 +125,7 @@ def test_seed_decides_what_is_drawn(drawing: Engine):
 
 def packed_logits(tokens: np.ndarray) -> np.ndarray:
     """Logits of rows of one document each, through the forward pass that training uses."""
-
-    @jax.jit
-    def logits(params: Any, tokens: Any, positions: Any, segments: Any) -> Any:
-        return decoder.logits(params, decoder.hidden(params, tokens, positions, segments, C, jnp.float32, "none"))
-
-    positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
-    rows = [sharding.put(x, "BT") for x in (tokens, positions, np.ones_like(tokens))]
-    return np.asarray(logits(tiny.put(VALUES, C), *rows))
+    return export.logits(tiny.put(VALUES, C), tokens, C)
 
 
 def test_cached_logits_equal_the_packed_forward():

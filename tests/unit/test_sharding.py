@@ -62,3 +62,13 @@ def test_misfits_are_named_together():
     with pytest.raises(UserError, match=r"B = 6 is not a multiple of 8"):
         sharding.check_divisible({"B": 6}, tiny.ONE_DEVICE | {"data": 2, "fsdp": 4}, sharding.COMPUTE)
     sharding.check_divisible(sizes, tiny.ONE_DEVICE, sharding.STORAGE)
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4])
+def test_row_order_gives_each_shard_a_chunk_of_either_end(shards: int):
+    order = sharding.row_order(16, shards).reshape(shards, -1)
+    assert sorted(order.ravel()) == list(range(16))
+    if shards > 1:
+        assert order[0].tolist() == [*range(16 // shards // 2), *range(16 - 16 // shards // 2, 16)]
+    work = (order + 1).sum(axis=1)  # keys that the queries of a document as long as the row see
+    assert len(set(work)) == 1

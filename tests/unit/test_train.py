@@ -8,15 +8,19 @@ from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import tiny
 
-from jaxdistill import hf, metrics, optim, train
+from jaxdistill import hf, metrics, optim, train, weights
 from jaxdistill.checkpoint import load_model
 from jaxdistill.data import chat
 from jaxdistill.errors import UserError
+from jaxdistill.metrics import NonFiniteLossError
+from jaxdistill.models import decoder
+from jaxdistill.models.context import ContextExtension
 from jaxdistill.sharding import MeshConfig
-from jaxdistill.train import NonFiniteLossError, Phase, TrainConfig
+from jaxdistill.train import Phase, TrainConfig
 from jaxdistill.train_step import StepConfig
 
 SIZES: dict[str, Any] = {"vocab_size": 264, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
@@ -66,6 +70,7 @@ def test_metrics_hold_every_step(trained: tuple[TrainConfig, Any]):
     assert [row["step"] for row in rows] == list(range(7))
     assert rows[0].keys() == {"step", "time", "heldout_loss"}
     names = {"step", "time", "loss", "grad_norm", "loss_tokens", "learning_rate", "step_s", "tokens_per_s", "mfu"}
+    names |= {"tokens", "padding_fraction", "flop_imbalance"}
     assert all(row.keys() == names for row in rows[1:-1])
     assert rows[-1].keys() == names | {"heldout_loss"}
     schedule = optim.schedule(config.phases[0].optim, 6)
@@ -73,6 +78,7 @@ def test_metrics_hold_every_step(trained: tuple[TrainConfig, Any]):
     assert rows[-1]["loss"] < rows[1]["loss"]
     assert rows[-1]["heldout_loss"] < rows[0]["heldout_loss"]
     assert all(row["tokens_per_s"] > 0 and row["mfu"] > 0 for row in rows[1:])
+    assert all(0 < row["padding_fraction"] < 1 and 0 <= row["flop_imbalance"] < 1 for row in rows[1:])
     assert list((config.workdir / "sft" / "tensorboard").iterdir())
     assert done["sft"]["heldout_loss"] == rows[-1]["heldout_loss"]
 
@@ -110,6 +116,35 @@ def test_finished_run_is_left_as_it_is(trained: tuple[TrainConfig, Any]):
     before = [row["step"] for row in map(json.loads, log.read_text().splitlines()) if "loss" in row]
     assert train.main(config) == done
     assert [row["step"] for row in map(json.loads, log.read_text().splitlines()) if "loss" in row] == before
+
+
+def test_a_phase_hands_on_the_average_of_its_weights(tmp_path: Path, model: Path, examples: Path):
+    config = small(tmp_path / "run", model, examples, heldout=examples)
+    phase = dataclasses.replace(config.phases[0], optim=optim.OptimConfig(peak_lr=1e-2, average_decay=0.99))
+    second = dataclasses.replace(phase, name="second", steps=1)
+    done = train.main(dataclasses.replace(config, phases=(phase, second)))
+    folder = config.workdir / "sft"
+    with tiny.mesh():
+        average, _ = load_model(folder)
+        abstract = {"params": weights.abstract(decoder.template(C))}
+        layouts = ocp.checkpoint_utils.construct_restore_args(abstract)
+        last = ocp.args.PyTreeRestore(abstract, restore_args=layouts, partial_restore=True)
+        with ocp.CheckpointManager(folder / "checkpoints") as manager:
+            state = manager.restore(6, args=ocp.args.Composite(state=last))["state"]
+        assert not np.allclose(average.embed, state["params"].embed, rtol=1e-3)
+    assert metrics.read(config.workdir / "second")[0]["heldout_loss"] == done["sft"]["heldout_loss"]
+
+
+def test_context_is_extended_in_the_run_and_in_what_it_leaves(tmp_path: Path, model: Path, examples: Path):
+    longer = ContextExtension(positions=512, yarn=True)
+    done = train.main(small(tmp_path / "run", model, examples, steps=1, row_tokens=512, context=longer))
+    assert done["sft"]["rows"] < 8
+    c, values = hf.read_config(tmp_path / "run" / "sft" / "base")
+    assert (c.max_positions, c.rope.kind, c.rope.factor) == (512, "yarn", 2.0)
+    assert values["max_position_embeddings"] == 512
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["context"]["positions"] == 512
+    with pytest.raises(UserError, match=r"row_tokens is 512, .* made for 256 positions .* extend its context"):
+        train.main(small(tmp_path / "other", model, examples, row_tokens=512))
 
 
 def test_documents_longer_than_a_row_leave_a_receipt(tmp_path: Path, model: Path):

@@ -1,6 +1,5 @@
-"""Attention over packed rows: blocks of queries against the blocks of keys that their documents reach."""
+"""The backend of CPUs, and the reference: blocks of queries against the blocks of keys that their documents reach."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,43 +8,41 @@ from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from jaxdistill.sharding import relayout, spec
-
-OUTPUT_NAME = "attention_output"  # remat policies save it by this name
-Attend = Callable[[Array, Array, Array], tuple[Array, Any]]  # q, k, v -> output and what is kept
+from jaxdistill.models.attention import OUTPUT_NAME
 
 _QUERY_BLOCK = 128  # positions
 _KEY_BLOCK = 256  # positions; in short rows, which hold short documents, a block of queries' worth
 _MASKED = -1e30  # finite: a key that is not to be seen before the first that is leaves no NaN behind
 
 
-def packed_attention(
-    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], segments: Int[Array, "B T"]
+def attend(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    segments: Int[Array, "B S"],
+    rows: Int[Array, "c t"],
 ) -> Float[Array, "B T N H"]:
-    """Causal attention within the documents of packed rows; softmax in float32.
+    """Attention of one device's queries; time grows with what the documents need, and not with the row.
 
-    Time grows with what the documents need, in whole blocks, and not with the row; memory with the row's length.
-    Keys and values are gathered over the context axis; queries stay where they are.
+    Args:
+      rows: the positions of the queries among the keys, T = c t: c stretches of consecutive ones.
     """
-    keys, values, key_segments = relayout(k, "BSKH"), relayout(v, "BSKH"), relayout(segments, "BS")
-    return jax.shard_map(
-        _local,
-        in_specs=(spec("BTNH"), spec("BSKH"), spec("BSKH"), spec("BT"), spec("BS")),
-        out_specs=spec("BTNH"),
-        check_vma=False,  # each device runs its loops over keys to its own end
-    )(q, keys, values, segments, key_segments)
-
-
-def _local(q: Array, k: Array, v: Array, segments: Array, key_segments: Array) -> Array:
-    """One device's share: its queries [B, T, N, H] against all keys [B, S, K, H], padded to whole blocks."""
-    T, S = q.shape[1], k.shape[1]
+    S, chunks, T = k.shape[1], *rows.shape
     query_block = min(T, _QUERY_BLOCK)
     key_block = min(S, _KEY_BLOCK if S >= 8 * _QUERY_BLOCK else _QUERY_BLOCK)
-    first_row = jax.lax.axis_index("context") * T
-    padded_segments = _pad(segments, query_block, -1), _pad(key_segments, key_block, -2)
-    visible = _visible(first_row, *padded_segments, query_block, key_block)
-    padded = _pad(q, query_block), _pad(k, key_block), _pad(v, key_block)
-    return _blockwise(*padded, visible)[:, :T]
+
+    def blocks(x: Array, value: int = 0) -> Array:
+        """[B, T, ...] with each stretch padded to whole blocks."""
+        split = rearrange(x, "B (c t) ... -> (B c) t ...", c=chunks)
+        return rearrange(_pad(split, query_block, value), "(B c) t ... -> B (c t) ...", c=chunks)
+
+    past_end = rows[:, -1:] + 1 + jnp.arange(-T % query_block)
+    padded_rows = jnp.concatenate([rows, past_end], axis=1).ravel()
+    query_segments = blocks(segments[:, rows.ravel()], -1)
+    visible = _visible(padded_rows, query_segments, _pad(segments, key_block, -2), query_block, key_block)
+    out = _blockwise(blocks(q), _pad(k, key_block), _pad(v, key_block), visible)
+    real = rearrange(out, "B (c t) ... -> B c t ...", c=chunks)[:, :, :T]
+    return rearrange(real, "B c t ... -> B (c t) ...")
 
 
 def _pad(x: Array, block: int, value: int = 0) -> Array:
@@ -63,9 +60,9 @@ class _Visible(NamedTuple):
     key_segments: Int[Array, "J B s"]
 
 
-def _visible(first_row: Array, segments: Array, key_segments: Array, query_block: int, key_block: int) -> _Visible:
+def _visible(rows: Array, segments: Array, key_segments: Array, query_block: int, key_block: int) -> _Visible:
     S = key_segments.shape[1]
-    rows = rearrange(first_row + jnp.arange(segments.shape[1]), "(Q t) -> Q t", t=query_block)
+    rows = rearrange(rows, "(Q t) -> Q t", t=query_block)
     begins = jnp.pad(key_segments[:, 1:] != key_segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
     document_start = jax.lax.cummax(jnp.where(begins, jnp.arange(S), 0), axis=1)
     return _Visible(
