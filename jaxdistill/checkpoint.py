@@ -88,7 +88,12 @@ def newest_input(phase: Path) -> tuple[int, dict[str, Any]] | None:
         step = manager.latest_step()
         if step is None:
             return None
-        return step, manager.restore(step, args=ocp.args.Composite(input=ocp.args.JsonRestore()))["input"]
+        return step, _read_input(manager, step)
+
+
+def _read_input(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    """What a checkpoint holds beside the state."""
+    return manager.restore(step, args=ocp.args.Composite(input=ocp.args.JsonRestore()))["input"]
 
 
 def keep_base(source: Path, phase: Path, extension: ContextExtension | None = None) -> None:
@@ -162,8 +167,9 @@ def load_model(model: Path, step: int | None = None, dtype: Any = np.float32) ->
     with ocp.CheckpointManager((model / _FOLDER).absolute()) as manager:
         step = _whole_step(manager, model, step)
         sharding.check_divisible(config.sizes(), dict(jax.sharding.get_mesh().shape), sharding.STORAGE)
-        stored = manager.restore(step, args=ocp.args.Composite(input=ocp.args.JsonRestore()))["input"]
-        result = stored.get("result", "params")  # the name of the weights, or of their average, in the state
+        result = _read_input(manager, step).get(
+            "result", "params"
+        )  # the name of the weights, or of their average, in the state
         wanted = {result: weights.abstract(decoder.template(config), dtype)}
         layouts = ocp.checkpoint_utils.construct_restore_args(wanted)
         items = ocp.args.Composite(state=ocp.args.PyTreeRestore(wanted, restore_args=layouts, partial_restore=True))

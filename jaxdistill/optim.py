@@ -60,12 +60,11 @@ def schedule(c: OptimConfig, steps: int) -> Callable[[Any], Any]:
     if c.schedule == "cosine":
         return optax.warmup_cosine_decay_schedule(start, c.peak_lr, warmup, steps, end)
     decay = min(round(c.decay_fraction * steps), steps - warmup) if c.schedule == "wsd" else 0
-    pieces = [
-        optax.linear_schedule(start, c.peak_lr, warmup),
-        optax.constant_schedule(c.peak_lr),
-        optax.linear_schedule(c.peak_lr, end, decay),
-    ]
-    return optax.join_schedules(pieces[: 3 if decay else 2], [warmup, steps - decay][: 2 if decay else 1])
+    pieces, borders = [optax.linear_schedule(start, c.peak_lr, warmup), optax.constant_schedule(c.peak_lr)], [warmup]
+    if decay:
+        pieces.append(optax.linear_schedule(c.peak_lr, end, decay))
+        borders.append(steps - decay)
+    return optax.join_schedules(pieces, borders)
 
 
 def make(c: OptimConfig, steps: int, template: Any) -> optax.GradientTransformation:

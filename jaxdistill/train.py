@@ -111,6 +111,7 @@ class _Stage:
     folder: Path
     rows: loader.PackedSet
     steps: int
+    optimizer: optax.GradientTransformation
     origin: Mapping[str, Any]  # what its checkpoints stand on: starting weights, rows in their order, schedule
 
     @property
@@ -170,7 +171,8 @@ class Run:
             }
             origin = json.loads(json.dumps(origin))  # as a checkpoint gives it back
             parent = hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()
-            stages.append(_Stage(phase, self.workdir / phase.name, rows, steps, origin))
+            optimizer = optim.make(phase.optim, steps, self.template)
+            stages.append(_Stage(phase, self.workdir / phase.name, rows, steps, optimizer, origin))
             _check_earlier(stages[-1])
         return stages
 
@@ -194,16 +196,15 @@ class Run:
         loader.write_receipts(folder / "dropped.jsonl", rows.dropped)
         if self.heldout is not None:
             loader.write_receipts(folder / "heldout_dropped.jsonl", self.heldout.dropped)
-        optimizer = optim.make(stage.phase.optim, stage.steps, self.template)
         keep_base(self.base, folder, config.context)
         checkpoints = Checkpoints(folder, config.keep)
         epochs = math.ceil(stage.steps * config.batch_rows / len(rows))
         batches = loader.batches(rows, config.batch_rows, epochs, config.seed, config.deal_window)
         log = metrics.MetricsLog(folder)
         try:
-            state = self._start(stage, checkpoints, optimizer, batches, model, log)
+            state = self._start(stage, checkpoints, batches, model, log)
             self._describe(stage, int(state.step))
-            state = self._loop(state, stage, optimizer, batches, checkpoints, log)
+            state = self._loop(state, stage, batches, checkpoints, log)
             heldout = self._log_heldout(stage.steps, getattr(state, state.result_name), log)
         finally:
             checkpoints.close()
@@ -222,7 +223,6 @@ class Run:
         self,
         stage: _Stage,
         checkpoints: Checkpoints,
-        optimizer: optax.GradientTransformation,
         batches: grain.DatasetIterator,
         model: Path,
         log: metrics.MetricsLog,
@@ -231,11 +231,11 @@ class Run:
         newest, average = checkpoints.latest_step, stage.phase.optim.average_decay > 0
         if newest is None:
             params, _ = load_model(model)
-            state = new_state(params, optimizer, self.config.seed, average)
+            state = new_state(params, stage.optimizer, self.config.seed, average)
             self._log_heldout(0, state.params, log)
             return state
         like = weights.abstract(self.template)
-        abstract = jax.eval_shape(lambda p: new_state(p, optimizer, self.config.seed, average), like)
+        abstract = jax.eval_shape(lambda p: new_state(p, stage.optimizer, self.config.seed, average), like)
         state, stored = checkpoints.restore(newest, weights.on_mesh(abstract))
         batches.set_state(stored["position"])
         self.console.print(f"resumed from step {newest}")
@@ -254,14 +254,13 @@ class Run:
         self,
         state: State,
         stage: _Stage,
-        optimizer: optax.GradientTransformation,
         batches: grain.DatasetIterator,
         checkpoints: Checkpoints,
         log: metrics.MetricsLog,
     ) -> State:
         """Steps to the end; the metrics of a step are read while the next one runs."""
         config, steps, start = self.config, stage.steps, int(state.step)
-        train_step = make_step(config.step, self.c, optimizer, stage.phase.optim.average_decay)
+        train_step = make_step(config.step, self.c, stage.optimizer, stage.phase.optim.average_decay)
         with Progress(*_COLUMNS, console=self.console, speed_estimate_period=_ESTIMATE_S) as bar:
             task = bar.add_task(stage.name, total=steps, completed=start, note="compiling")
             steps_log = metrics.StepLog(

@@ -50,22 +50,25 @@ class PackedSet:
         return sum(int(d.trained[1:].sum()) for d in self.documents)
 
     @property
+    def lengths(self) -> np.ndarray:
+        """Positions of each document, float64."""
+        return np.array([packing.positions_used(d) for d in self.documents], dtype=np.float64)
+
+    @property
     def attended_tokens(self) -> float:
         """Document length averaged over the tokens of the rows: the `attended` of Config.flops_per_token."""
-        lengths = np.array([packing.positions_used(d) for d in self.documents], dtype=np.float64)
-        return float((lengths**2).sum() / max(lengths.sum(), 1))
+        return float(self.squares.sum() / max(self.lengths.sum(), 1))
 
     @property
     def squares(self) -> np.ndarray:
         """Sum of squared document lengths of each row: what attention costs, up to a factor."""
-        lengths = np.array([packing.positions_used(d) for d in self.documents], dtype=np.float64)
-        return np.array([(lengths[row] ** 2).sum() for row in self.rows])
+        squares = self.lengths**2
+        return np.array([squares[row].sum() for row in self.rows])
 
     @property
     def padding_fraction(self) -> float:
         """Share of row positions that hold no document."""
-        used = sum(packing.positions_used(d) for d in self.documents)
-        return 1 - used / (len(self.rows) * self.row_tokens)
+        return 1 - float(self.lengths.sum()) / (len(self.rows) * self.row_tokens)
 
 
 def prepare(path: Path, tokenizer: Any, row_tokens: int, vocab: int, show_progress: bool = True) -> PackedSet:

@@ -135,6 +135,16 @@ def test_a_phase_hands_on_the_average_of_its_weights(tmp_path: Path, model: Path
     assert metrics.read(config.workdir / "second")[0]["heldout_loss"] == done["sft"]["heldout_loss"]
 
 
+def test_an_optimizer_of_a_later_phase_is_checked_before_anything_is_written(
+    tmp_path: Path, model: Path, examples: Path
+):
+    config = small(tmp_path / "run", model, examples)
+    second = dataclasses.replace(config.phases[0], name="second", optim=optim.OptimConfig(no_decay=("nothing",)))
+    with pytest.raises(UserError, match=r"optim.no_decay: nothing names no weight"):
+        train.main(dataclasses.replace(config, phases=(*config.phases, second)))
+    assert not (tmp_path / "run" / "sft").exists()
+
+
 def test_context_is_extended_in_the_run_and_in_what_it_leaves(tmp_path: Path, model: Path, examples: Path):
     longer = ContextExtension(positions=512, yarn=True)
     done = train.main(small(tmp_path / "run", model, examples, steps=1, row_tokens=512, context=longer))
