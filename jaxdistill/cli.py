@@ -5,6 +5,7 @@ import importlib
 import runpy
 import sys
 import traceback
+import typing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ class Command(NamedTuple):
     config: str  # the dataclass of that module that the command takes
     summary: str
     uses_devices: bool = True
+    recipe: str = ""  # the field that takes a recipe; by default the recipe is the whole configuration
 
 
 COMMANDS = {
@@ -31,6 +33,7 @@ COMMANDS = {
     "reformat": Command("jaxdistill.curate.reformat", "ReformatConfig", "solutions -> reformatted examples", False),
     "examples": Command("jaxdistill.curate.examples", "ExamplesConfig", "chains -> examples to train on", False),
     "train": Command("jaxdistill.train", "TrainConfig", "Hugging Face folder + examples -> checkpoints"),
+    "plan": Command("jaxdistill.plan.run", "PlanConfig", "recipe + hardware -> fit, speed, cost", False, "train"),
     "sample": Command("jaxdistill.sample.run", "SampleConfig", "checkpoint or Hugging Face folder -> text"),
     "evaluate": Command("jaxdistill.evaluate.run", "EvaluateConfig", "model + task -> scores with intervals"),
     "export": Command("jaxdistill.export", "ExportConfig", "checkpoint -> verified Hugging Face folder"),
@@ -58,11 +61,13 @@ def load(command: Command, arguments: list[str], name: str) -> Any:
     if not Path(path).is_file():
         raise UserError(f"{path}: no such recipe; expected a .py file with a function config(), as in configs/")
     default = _run_recipe(path)
-    if not isinstance(default, kind):
+    wanted = typing.get_type_hints(kind)[command.recipe] if command.recipe else kind
+    if not isinstance(default, wanted):
         raise UserError(
-            f"{path}: config() gives {type(default).__name__}, but `{program}` takes {command.config}; "
+            f"{path}: config() gives {type(default).__name__}, but `{program}` takes {wanted.__name__}; "
             "is it the recipe of another command?"
         )
+    default = kind(**{command.recipe: default}) if command.recipe else default
     flags = (tyro.conf.AvoidSubcommands,)
     return tyro.cli(kind, default=default, args=overrides, prog=f"{program} {path}", config=flags)
 

@@ -12,20 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import tensorboardX
 
+from jaxdistill import chips
 from jaxdistill.errors import RunError
-
-# Dense bfloat16 peaks in FLOP/s, from the makers' data sheets, by a part of JAX's device_kind;
-# the first that fits counts: JAX calls a v5p "TPU v5" and a v5e "TPU v5 lite"
-_PEAKS = {
-    "H100": 989.5e12,
-    "H200": 989.5e12,
-    "A100": 312e12,
-    "v5 lite": 197e12,
-    "v5e": 197e12,
-    "v5": 459e12,
-    "v6": 918e12,
-    "v4": 275e12,
-}
 
 MFU_FORMULA = (
     "MFU = FLOPs per token x tokens/s / (devices x peak); "
@@ -39,10 +27,8 @@ def peak_flops(dtype: Any) -> tuple[float, str]:
 
     A device without a data sheet here (a CPU) is measured: the fastest of five products of 2048 x 2048 matrices.
     """
-    kind = jax.devices()[0].device_kind
-    for part, peak in _PEAKS.items():
-        if part in kind:
-            return peak, f"{part} data sheet, dense bfloat16"
+    if chip := chips.of_device(jax.devices()[0].device_kind):
+        return chip.bf16_flops / chip.devices, f"{chip.name} data sheet, dense bfloat16"
     size, seconds = 2048, []
     with jax.set_mesh(jax.make_mesh((1,), ("one",), devices=jax.local_devices()[:1])):
         x = jnp.ones((size, size), dtype)

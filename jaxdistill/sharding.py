@@ -2,12 +2,13 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType
 
 from jaxdistill.errors import UserError
@@ -31,27 +32,34 @@ class MeshConfig:
             if size is not None and size < 1:
                 raise UserError(f"mesh.{axis} is {size}; expected 1 or more")
 
-    def sizes(self) -> dict[str, int]:
+    def sizes(self, devices: Sequence[Any] | None = None) -> dict[str, int]:
         """Devices by axis name, in mesh order.
+
+        Args:
+          devices: of jax; all of the job by default.
 
         Raises:
           UserError: the sizes do not multiply to the number of devices.
         """
-        have, others = jax.device_count(), self.fsdp * self.context * self.tensor
+        devices = jax.devices() if devices is None else devices
+        have, others = len(devices), self.fsdp * self.context * self.tensor
         data = max(1, have // others) if self.data is None else self.data
         sizes = {"data": data, "fsdp": self.fsdp, "context": self.context, "tensor": self.tensor}
         if data * others != have:
             shape = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
             raise UserError(
-                f"the mesh {shape} needs {data * others} devices, found {have} ({jax.devices()[0].device_kind}); "
+                f"the mesh {shape} needs {data * others} devices, found {have} ({devices[0].device_kind}); "
                 f"set mesh.data, mesh.fsdp, mesh.context and mesh.tensor so that their product is {have}"
             )
         return sizes
 
-    def build(self) -> jax.sharding.Mesh:
-        """Makes the mesh, with explicit axis types, over all devices of the job. Raises as `sizes`."""
-        shape = tuple(self.sizes().values())
-        return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
+    def build(self, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+        """Makes the mesh, with explicit axis types, over all devices of the job or those given. Raises as `sizes`."""
+        devices = jax.devices() if devices is None else devices
+        shape = tuple(self.sizes(devices).values())
+        # jax.make_mesh refuses an axis that takes a part of a dimension of a TPU's torus, as fsdp 64 x tensor 4 does
+        placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return jax.sharding.Mesh(placed, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
 
 
 # A letter that is absent from a table is replicated.

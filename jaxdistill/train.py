@@ -23,6 +23,7 @@ from jaxdistill.data.packing import Batch
 from jaxdistill.errors import UserError
 from jaxdistill.models import decoder
 from jaxdistill.models.attention import packed
+from jaxdistill.models.config import Config
 from jaxdistill.models.context import ContextExtension
 from jaxdistill.optim import OptimConfig
 from jaxdistill.progress import Progress
@@ -54,6 +55,10 @@ class Phase:
         if self.epochs < 1 or (self.steps is not None and self.steps < 1):
             raise UserError(f"phase {self.name}: epochs is {self.epochs} and steps {self.steps}; expected 1 or more")
 
+    def optimizer_steps(self, rows: int, batch_rows: int) -> int:
+        """Steps of this phase on so many packed rows."""
+        return self.steps or math.ceil(rows * self.epochs / batch_rows)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -84,17 +89,28 @@ class TrainConfig:
             raise UserError(f"batch_rows {self.batch_rows} is not a multiple of step.accumulate {self.step.accumulate}")
 
 
-def check_mesh_rows(mesh: Mapping[str, int], rows: int, row_tokens: int) -> None:
-    """Refuses rows that a mesh of these sizes cannot split evenly."""
-    ways = mesh["data"] * mesh["fsdp"]
+def check_fits(config: TrainConfig, c: Config, mesh: Mapping[str, int]) -> None:
+    """Refuses rows, a model or heads that a mesh of these sizes cannot split evenly.
+
+    Raises:
+      UserError: rows are longer than the model's positions, or something does not come out even.
+    """
+    if config.row_tokens > c.max_positions:
+        raise UserError(
+            f"row_tokens is {config.row_tokens}, but {config.model} was made for {c.max_positions} positions "
+            "(max_position_embeddings); use shorter rows, or extend its context (--help: context)"
+        )
+    rows, ways = config.batch_rows // config.step.accumulate, mesh["data"] * mesh["fsdp"]
     if rows % ways:
         raise UserError(
             f"{rows} rows at a time (batch_rows / step.accumulate) do not split over data {mesh['data']} x fsdp "
             f"{mesh['fsdp']}; make them a multiple of {ways}"
         )
     chunks = 2 * mesh["context"] if mesh["context"] > 1 else 1  # sharding.row_order
-    if row_tokens % chunks:
-        raise UserError(f"row_tokens {row_tokens} is not a multiple of twice mesh.context {mesh['context']}")
+    if config.row_tokens % chunks:
+        raise UserError(f"row_tokens {config.row_tokens} is not a multiple of twice mesh.context {mesh['context']}")
+    sharding.check_divisible(c.sizes(), mesh, sharding.STORAGE)
+    packed.check(c.heads, c.kv_heads, mesh, config.step.context)
 
 
 def main(config: TrainConfig) -> dict[str, Any]:
@@ -129,16 +145,8 @@ class Run:
         self.c, values = hf.read_config(self.base)
         if config.context is not None:
             self.c = models.family(self.c.model_type).config(config.context.apply(values))
-        if config.row_tokens > self.c.max_positions:
-            raise UserError(
-                f"row_tokens is {config.row_tokens}, but {config.model} was made for {self.c.max_positions} positions "
-                "(max_position_embeddings); use shorter rows, or extend its context (--help: context)"
-            )
-        mesh = dict(jax.sharding.get_mesh().shape)
-        check_mesh_rows(mesh, config.batch_rows // config.step.accumulate, config.row_tokens)
+        check_fits(config, self.c, dict(jax.sharding.get_mesh().shape))
         self.template = decoder.template(self.c)
-        sharding.check_divisible(self.c.sizes(), mesh, sharding.STORAGE)
-        packed.check(self.c.heads, self.c.kv_heads, mesh, config.step.context)
         self.tokenizer = chat.load_tokenizer(self.base)
         self.console = console or Console(stderr=True)
         self.peak, self.peak_source = metrics.peak_flops(jnp.dtype(config.step.compute_dtype))
@@ -158,7 +166,7 @@ class Run:
         context = dataclasses.asdict(config.context) if config.context else None
         for phase in config.phases:
             rows = self._prepare(phase.examples)
-            steps = phase.steps or math.ceil(len(rows) * phase.epochs / config.batch_rows)
+            steps = phase.optimizer_steps(len(rows), config.batch_rows)
             origin = {
                 "model": parent,
                 "context": context,

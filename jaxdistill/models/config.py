@@ -54,15 +54,23 @@ class Config:
             "H": self.head_dim,
         }
 
+    @property
+    def matmul_weights(self) -> tuple[int, int]:
+        """Weights that every token is multiplied with: of all layers, and of the head."""
+        per_layer = self.embed * self.head_dim * (2 * self.heads + 2 * self.kv_heads) + 3 * self.embed * self.mlp
+        return self.layers * per_layer, self.vocab * self.embed
+
+    def forward_attention_flops(self, attended: Any) -> Any:
+        """Scores and weighted values of one token that sits in a document of `attended` tokens; the causal half."""
+        return 2.0 * self.layers * self.heads * self.head_dim * attended
+
     def flops_per_token(self, attended: Any) -> Any:
         """Training FLOPs of one token that sits in a document of `attended` tokens.
 
         6 x matmul weights (head included, embedding lookup not) + 6 x layers x heads x head_dim x document length:
         the causal half of 12 x layers x heads x head_dim x length. A number for a number, an array for an array.
         """
-        per_layer = self.embed * self.head_dim * (2 * self.heads + 2 * self.kv_heads) + 3 * self.embed * self.mlp
-        matmul_weights = self.layers * per_layer + self.vocab * self.embed
-        return 6.0 * matmul_weights + 6.0 * self.layers * self.heads * self.head_dim * attended
+        return 6.0 * sum(self.matmul_weights) + 3 * self.forward_attention_flops(attended)
 
 
 def read_config(hf: Mapping[str, Any], unsupported: Mapping[str, Any]) -> Config:

@@ -14,7 +14,10 @@ _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*)$")
 _CALLED = re.compile(r"(?:to_apply|calls|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"?known_trip_count"?:\{"?n"?:"?(\d+)"?\}')
-_CALLERS = ("while", "call", "conditional", "fusion", "async-start")
+_CONSTANT = re.compile(r"%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)")
+_BOUND = re.compile(r"ROOT .* compare\(%?[\w.\-]+, %?([\w.\-]+)\), direction=LT")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
+_CALLERS = ("call", "conditional", "fusion", "async-start")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Collective:
 def read(hlo: str) -> list[Collective]:
     """Every collective of an optimized HLO module's text, the text of `compiled.as_text()`.
 
-    A loop whose number of rounds the compiler does not know counts once: those are loops over keys, which hold none.
+    A loop whose number of rounds the text does not tell counts once: those are loops over keys, which hold none.
     """
     computations: dict[str, list[str]] = {}
     entry, current = "", ""
@@ -47,23 +50,43 @@ def read(hlo: str) -> list[Collective]:
             current = start[2]
             computations[current] = []
             entry = current if start[1] else entry
-        elif current and (instruction := _INSTRUCTION.match(line)):
-            computations[current].append(instruction[1])
-    return list(_walk(entry, 1, computations))
+        elif current and _INSTRUCTION.match(line):
+            computations[current].append(line)
+    return list(_walk(entry, 1, computations, set()))
 
 
-def _walk(name: str, times: int, computations: dict[str, list[str]]) -> Iterator[Collective]:
-    for instruction in computations.get(name, ()):
+def _walk(name: str, times: int, computations: dict[str, list[str]], channels: set[str]) -> Iterator[Collective]:
+    """The collectives of a computation and of those it calls.
+
+    Args:
+      channels: those met already in this round of the innermost loop. TPUs write one asynchronous collective down
+        several times: where it starts, in each fusion that works beside it, and where it ends.
+    """
+    for line in computations.get(name, ()):
+        instruction = _INSTRUCTION.findall(line)[0]
         result, opcode = _split(instruction)
         kind = opcode.removesuffix("-start")
         if kind in KINDS:
-            yield _collective(kind, result, instruction, times)
+            channel = _CHANNEL.search(instruction)
+            if channel is None or channel[1] not in channels:
+                yield _collective(kind, result, instruction, times)
+            channels |= {channel[1]} if channel else set()
+        elif opcode == "while":
+            for called in _CALLED.findall(instruction):
+                yield from _walk(called, times * _trips(instruction, computations), computations, set())
         elif opcode in _CALLERS:
-            trips = _TRIPS.search(instruction)
-            rounds = times * int(trips[1]) if trips and opcode == "while" else times
             branches = [b.strip().lstrip("%") for group in _BRANCHES.findall(instruction) for b in group.split(",")]
             for called in _CALLED.findall(instruction) + branches:
-                yield from _walk(called, rounds, computations)
+                yield from _walk(called, times, computations, channels)
+
+
+def _trips(loop: str, computations: dict[str, list[str]]) -> int:
+    """Rounds of a `while`: as the compiler says, or the constant its condition compares a counter from 0 with."""
+    if known := _TRIPS.search(loop):
+        return int(known[1])
+    condition = "\n".join(computations.get(re.findall(r"condition=%?([\w.\-]+)", loop)[0], ()))
+    bound = _BOUND.search(condition)
+    return int(dict(_CONSTANT.findall(condition)).get(bound[1], 1)) if bound else 1
 
 
 def _split(instruction: str) -> tuple[str, str]:

@@ -1,5 +1,6 @@
 """Eight simulated devices: every mesh gives the loss, the gradients and the training steps of one device."""
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -210,10 +211,16 @@ def test_mesh_that_does_not_fit_the_model():
 
 
 def test_rows_that_the_mesh_cannot_split():
+    c = architecture("llama", kv_heads=8)
+
+    def check(row_tokens: int, mesh: MeshConfig) -> None:
+        config = train.TrainConfig(workdir=Path("run"), model=Path("model"), row_tokens=row_tokens, batch_rows=4)
+        train.check_fits(config, c, mesh.sizes())
+
     with pytest.raises(UserError, match=r"4 rows at a time .* make them a multiple of 8"):
-        train.check_mesh_rows(MeshConfig(fsdp=4).sizes(), 4, 64)
+        check(64, MeshConfig(fsdp=4))
     with pytest.raises(UserError, match=r"row_tokens 60 is not a multiple of twice mesh.context 8"):
-        train.check_mesh_rows(MeshConfig(context=8).sizes(), 4, 60)
+        check(60, MeshConfig(context=8))
 
 
 def test_build_covers_all_devices():

@@ -1,0 +1,179 @@
+"""The training step compiled for hardware that is not here, and what its compiler says of memory and communication."""
+
+import dataclasses
+import math
+import os
+import re
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from jaxdistill import optim, sharding, weights
+from jaxdistill.data.packing import Batch
+from jaxdistill.errors import UserError
+from jaxdistill.models import decoder
+from jaxdistill.models.config import Config
+from jaxdistill.plan import collectives
+from jaxdistill.plan.collectives import Collective
+from jaxdistill.plan.hardware import Hardware
+from jaxdistill.train import TrainConfig
+from jaxdistill.train_step import State, make_step, new_state
+
+_INSTALL = {"tpu": "jaxdistill[tpu]", "cuda": "jaxdistill[cuda13]"}
+_TOO_LARGE = re.compile(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm")
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on one device; what falls to each kind, and the most that are held at once."""
+
+    weights: int
+    optimizer: int  # moments, and the average of the weights
+    saved: int  # by the forward pass for the backward pass, of all layers
+    temporaries: int  # all else that exists while the step runs: gradients, gathered weights, workspace
+    host: int  # of the host's memory
+
+    @property
+    def total(self) -> int:
+        """On the device."""
+        return self.weights + self.optimizer + self.saved + self.temporaries
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of a step."""
+
+    memory: Memory
+    collectives: list[Collective]
+    compile_s: float
+
+
+class DoesNotFitError(Exception):
+    """The compiler found no way to hold the step in a device's memory."""
+
+    def __init__(self, needed: float | None):
+        needs = f"{needed / 2**30:.1f} GiB a device" if needed else "more memory than a device has"
+        super().__init__(f"needs {needs}")
+
+
+def devices(hardware: Hardware) -> Sequence[Any]:
+    """Stand-ins for the hardware's devices: a mesh of them can be compiled for, not run on.
+
+    Raises:
+      UserError: its compiler is not installed, or knows no such shape.
+    """
+    jax.config.update("jax_platforms", "cpu")  # what is here does not matter, and must not be taken from others
+    platform, shape = hardware.chip.platform, "x".join(map(str, hardware.shape))
+    try:
+        if platform == "tpu":
+            os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server is asked what TPU this is
+            name = f"{hardware.chip.topology}:{shape}"
+            return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        raise UserError(f"{hardware}: planned are TPUs so far")
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{hardware}: this installation cannot compile for it ({str(error).splitlines()[0]}); "
+            f"pip install '{_INSTALL[platform]}' brings the compiler, no device is needed"
+        ) from None
+
+
+def compile_step(config: TrainConfig, c: Config, mesh: jax.sharding.Mesh) -> Compiled:
+    """Compiles the step of a run's first phase, the very one that training runs, for the devices of a mesh.
+
+    Raises:
+      DoesNotFitError: the compiler ran out of a device's memory.
+    """
+    with jax.set_mesh(mesh):
+        template, phase = decoder.template(c), config.phases[0].optim
+        optimizer = optim.make(phase, config.phases[0].steps or 1000, template)
+        like = weights.abstract(template)
+        average = phase.average_decay > 0
+        state = weights.on_mesh(jax.eval_shape(lambda p: new_state(p, optimizer, config.seed, average), like))
+        step: Any = make_step(config.step, c, optimizer, phase.average_decay)
+        traced = step.trace(state, _batch(config))
+        started = time.perf_counter()
+        try:
+            compiled = traced.lower(lowering_platforms=(_platform(mesh),)).compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise DoesNotFitError(_needed(str(error))) from None
+        seconds = time.perf_counter() - started
+        on_device, on_host = saved_bytes(traced.jaxpr.jaxpr, c.layers)
+        return Compiled(
+            memory=_memory(state, compiled.memory_analysis(), on_device, on_host),
+            collectives=collectives.read(compiled.as_text()),
+            compile_s=seconds,
+        )
+
+
+def _platform(mesh: jax.sharding.Mesh) -> str:
+    platform = mesh.devices.flat[0].platform
+    return "cuda" if platform == "gpu" else platform
+
+
+def _batch(config: TrainConfig) -> Batch:
+    """The shapes of a step's rows [accumulate, B, T] on the current mesh."""
+    pieces = config.step.accumulate
+    shape = pieces, config.batch_rows // pieces, config.row_tokens
+    layout = jax.sharding.NamedSharding(jax.sharding.get_mesh(), sharding.spec("ABT"))
+    fields = {field.name: jnp.int32 for field in dataclasses.fields(Batch)} | {"weights": jnp.float32}
+    return Batch(**{name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout) for name, dtype in fields.items()})
+
+
+def _needed(message: str) -> float | None:
+    found = _TOO_LARGE.search(message)
+    return float(found[1]) * 2.0 ** (10 * ("KMGT".index(found[2]) + 1)) if found else None
+
+
+def _memory(state: State, analysis: Any, saved: int, saved_on_host: int) -> Memory:
+    def held(tree: Any) -> int:
+        return sum(device_bytes(leaf, leaf.sharding.spec) for leaf in jax.tree.leaves(tree))
+
+    arguments, outputs = analysis.argument_size_in_bytes, analysis.output_size_in_bytes
+    total = arguments + analysis.temp_size_in_bytes + outputs - analysis.alias_size_in_bytes
+    of_weights, of_optimizer = held(state.params), held((state.opt_state, state.average))
+    return Memory(
+        weights=of_weights,
+        optimizer=of_optimizer,
+        saved=saved,
+        temporaries=total - of_weights - of_optimizer - saved,
+        host=max(saved_on_host, analysis.host_temp_size_in_bytes) + analysis.host_argument_size_in_bytes,
+    )
+
+
+def device_bytes(x: Any, spec: jax.P) -> int:
+    """Bytes that an array of this layout takes on one device of the current mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = [axis for entry in spec if entry for axis in ((entry,) if isinstance(entry, str) else entry)]
+    itemsize = 8 if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else jnp.dtype(x.dtype).itemsize
+    return math.prod(x.shape) * itemsize // math.prod(mesh.shape[axis] for axis in axes)
+
+
+def saved_bytes(jaxpr: Any, layers: int) -> tuple[int, int]:
+    """What the forward pass over the layers stacks up for the backward pass: bytes on a device and on its host."""
+    scan = next(eqn for eqn in _scans(jaxpr) if eqn.params["length"] == layers)
+    stacked = [variable.aval for variable in scan.outvars[scan.params["num_carry"] :]]
+    on_host = [getattr(aval, "memory_space", None) == jax.memory.Space.Host for aval in stacked]
+    sizes = [device_bytes(aval, aval.sharding.spec) for aval in stacked]
+    return (
+        sum(size for size, host in zip(sizes, on_host, strict=True) if not host),
+        sum(size for size, host in zip(sizes, on_host, strict=True) if host),
+    )
+
+
+def _scans(jaxpr: Any) -> Iterator[Any]:
+    """All scans of a program, in order, outer ones before those within."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scan":
+            yield equation
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from _scans(inner)

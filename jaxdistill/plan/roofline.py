@@ -1,0 +1,181 @@
+"""How long a step takes, from formulas: FLOPs, bytes through memory and bytes over the wire against a chip's limits.
+
+The compiler's own cost analysis is not used: it counts the body of a loop once, and kernels not at all.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from jaxdistill.models import decoder
+from jaxdistill.models.config import Config
+from jaxdistill.plan.collectives import Collective
+from jaxdistill.plan.hardware import GPUS_PER_NODE, Hardware
+
+
+class Efficiency(NamedTuple):
+    """Shares of the data sheet's peaks that real kernels reach: assumed, until runs on this hardware say better."""
+
+    matmul: float  # of the FLOP/s
+    attention: float  # of the FLOP/s
+    memory: float  # of the memory bandwidth
+    wire: float  # of the link and network bandwidth
+
+
+EFFICIENCY: Mapping[str, Efficiency] = {
+    "tpu": Efficiency(matmul=0.80, attention=0.50, memory=0.80, wire=0.80),
+    "cuda": Efficiency(matmul=0.70, attention=0.50, memory=0.80, wire=0.70),
+}
+
+# What the backward pass computes again, as a share of the forward pass: (matrix products of the layers, attention)
+RECOMPUTED: Mapping[decoder.Remat, tuple[float, float]] = {"full": (1, 1), "matmuls": (0, 0), "none": (0, 0)}
+
+_BACKWARD_ATTENTION = 2.5  # products of scores-sized matrices, 5 against the forward pass's 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Seconds of a step by what they are spent on, and what follows."""
+
+    matmul_s: float
+    attention_s: float
+    memory_s: float  # norms, gates and the optimizer's update: bytes through the device's memory
+    wire_s: float  # collectives
+    tokens: int  # positions in a step
+    model_flops: float  # of a step, as MFU counts them
+    peak_flops: float  # FLOP/s of all chips
+
+    @property
+    def busy_s(self) -> float:
+        return self.matmul_s + self.attention_s + self.memory_s
+
+    @property
+    def fastest_s(self) -> float:
+        """With collectives hidden behind all else, as far as they are shorter."""
+        return max(self.busy_s, self.wire_s)
+
+    @property
+    def slowest_s(self) -> float:
+        """With nothing hidden."""
+        return self.busy_s + self.wire_s
+
+    @property
+    def step_s(self) -> float:
+        """Half-way between the two: compilers hide a part."""
+        return (self.fastest_s + self.slowest_s) / 2
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.step_s
+
+    @property
+    def mfu(self) -> float:
+        return self.model_flops / self.step_s / self.peak_flops
+
+    @property
+    def bound(self) -> str:
+        """What takes the most time."""
+        parts = {"matmul": self.matmul_s, "attention": self.attention_s, "memory": self.memory_s, "wire": self.wire_s}
+        return max(parts, key=parts.__getitem__)
+
+
+FORMULA = (
+    "matmul_s = tokens x (6 + 2 if recomputed) x matmul weights / (chips x peak x share); "
+    "attention_s = tokens x (7 + 2 if recomputed) x layers x heads x head_dim x document length / (chips x peak x "
+    "share); memory_s = (2 x state + gradients + activations read and written) / (bandwidth x share); wire_s = ring "
+    "bytes of every collective / (bandwidth of its links x share); step_s is half-way between all collectives hidden "
+    "and none"
+)
+
+
+def estimate(
+    c: Config,
+    hardware: Hardware,
+    mesh: Mapping[str, int],
+    remat: decoder.Remat,
+    tokens: int,
+    document_tokens: float,
+    state_bytes: float,
+    wire: Iterable[Collective],
+) -> Estimate:
+    """The step of a run on this hardware.
+
+    Args:
+      tokens: positions of all rows in a step.
+      document_tokens: length of the document that a token sits in, averaged over tokens.
+      state_bytes: of weights and optimizer on one device.
+    """
+    chip, share = hardware.chip, EFFICIENCY[hardware.chip.platform]
+    again, attention_again = RECOMPUTED[remat]
+    peak = hardware.chips * chip.bf16_flops
+    layers, head = c.matmul_weights
+    matmul = tokens * ((6 + 2 * again) * layers + 6 * head)
+    attention = tokens * c.forward_attention_flops(document_tokens) * (1 + _BACKWARD_ATTENTION + attention_again)
+    per_device = tokens / (hardware.devices / mesh["tensor"])
+    # A norm reads and writes x, the residual stream is read and written, the gate reads two and writes one; the
+    # backward pass does twice that, and the forward pass again where it is recomputed
+    elementwise = per_device * c.layers * (8 * c.embed + 3 * c.mlp / mesh["tensor"]) * 2 * (3 + again)
+    bandwidth = chip.memory_bandwidth / chip.devices * share.memory
+    return Estimate(
+        matmul_s=matmul / (peak * share.matmul),
+        attention_s=attention / (peak * share.attention),
+        memory_s=(2.5 * state_bytes + elementwise) / bandwidth,
+        wire_s=sum((s.wire_bytes / (wire_bandwidth(hardware, mesh, s.group) * share.wire) for s in wire), 0.0),
+        tokens=tokens,
+        model_flops=tokens * c.flops_per_token(document_tokens),
+        peak_flops=peak,
+    )
+
+
+def wire_bandwidth(hardware: Hardware, mesh: Mapping[str, int], group: int) -> float:
+    """Bytes/s that one device sends when groups of so many devices run a ring collective.
+
+    On a torus a group has the links of as many dimensions as it takes to hold it. Within a node of GPUs it has the
+    links of the node; across nodes every member on the same node brings its own network card.
+    """
+    chip = hardware.chip
+    if chip.platform == "tpu":
+        held, used = chip.devices, 0
+        for size in sorted(hardware.shape, reverse=True):
+            if held >= group:
+                break
+            held, used = held * size, used + 1
+        return chip.link_bandwidth / chip.devices * max(used, 1) / len(hardware.shape)
+    together = max(1, min(group, GPUS_PER_NODE // _stride(mesh, group)))
+    return chip.link_bandwidth if together == group else chip.network_bandwidth * together
+
+
+def _stride(mesh: Mapping[str, int], group: int) -> int:
+    """Distance between neighbours of a group: of the first run of mesh axes, from the last, that has its size."""
+    sizes = list(mesh.values())
+    for end in range(len(sizes), 0, -1):
+        for start in range(end - 1, -1, -1):
+            if math.prod(sizes[start:end]) == group:
+                return math.prod(sizes[end:])
+    return 1
+
+
+def expected_collectives(c: Config, mesh: Mapping[str, int], remat: decoder.Remat, tokens: int) -> list[Collective]:
+    """What a step should send by the design of the sharding, for ranking meshes before any is compiled.
+
+    Weights are gathered over fsdp in bfloat16 for the forward and the backward pass, gradients come back the other way;
+    tensor parallelism reduces each layer's two outputs in both directions, and the first again where it is recomputed;
+    context parallelism gathers keys and values, and scatters their gradients.
+    """
+    fsdp, context, tensor = mesh["fsdp"], mesh["context"], mesh["tensor"]
+    local = tokens // (mesh["data"] * fsdp)  # positions of a device's rows, whole
+    weights, again = sum(c.matmul_weights) // tensor * 2, RECOMPUTED[remat][0]
+    found = []
+    if fsdp > 1:
+        found.append(Collective("all-gather", weights, fsdp, "bf16", 2))
+        found.append(Collective("reduce-scatter", weights, fsdp, "bf16", 1))
+    if (replicas := mesh["data"] * context) > 1:
+        found.append(Collective("all-reduce", weights // fsdp, replicas, "bf16", 1))
+    if tensor > 1:
+        x = local // context * c.embed * 2
+        found.append(Collective("all-reduce", x, tensor, "bf16", int(c.layers * (4 + again))))
+    if context > 1:
+        keys = local * 2 * c.kv_heads // min(tensor, c.kv_heads) * c.head_dim * 2
+        found.append(Collective("all-gather", keys, context, "bf16", int(c.layers * (2 + again))))
+    return found

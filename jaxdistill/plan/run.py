@@ -1,0 +1,237 @@
+"""`jaxdistill plan`: whether a recipe fits hardware that is not here, how fast it would run and what it would cost."""
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from jaxdistill import hf, manifest, models
+from jaxdistill.checkpoint import base_of
+from jaxdistill.data import chat, loader
+from jaxdistill.errors import RunError
+from jaxdistill.models.config import Config
+from jaxdistill.plan import ahead, hardware, roofline, search
+from jaxdistill.plan.collectives import Collective
+from jaxdistill.plan.hardware import Hardware
+from jaxdistill.train import TrainConfig, check_fits
+
+_GIB = 2**30
+_LARGE_REDUCE = 8 * 2**20  # bytes: an all-reduce above this outside tensor parallelism should be a reduce-scatter
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """A recipe and the hardware to plan it for."""
+
+    train: TrainConfig  # the recipe; of its model config.json is enough, and its data may be missing
+    hardware: str = ""  # v5p:4x8x8, v5e:4x4, v6e:8x8, tpu7x:4x4x4, Google's names of them (v5p-512), h100x8
+    tokens: int | None = None  # positions of all rows of all steps; by default the recipe's, where its data is here
+    document_tokens: float | None = None  # document length averaged over tokens; by default the data's, or a row's
+    search: bool = False  # over meshes and remat policies, instead of the recipe's own
+    compiled: int = 3  # ways that a search compiles: those that formulas rank first
+
+    @property
+    def workdir(self) -> Path:
+        """Where plans are written: beside the run that they foretell."""
+        return self.train.workdir / "plan"
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """How much a recipe trains on."""
+
+    tokens: int | None  # positions of all rows of all steps
+    document_tokens: float
+    source: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One way to run a recipe, compiled."""
+
+    config: TrainConfig
+    sizes: dict[str, int]  # of the mesh
+    step: ahead.Compiled | None  # None: the compiler found no way to fit it
+    estimate: roofline.Estimate
+    problem: str  # why it does not fit; empty if it does
+
+
+def main(config: PlanConfig) -> list[Plan]:
+    """Prints the plan and writes it to `plan/<hardware>.json` in the run folder; returns the ways that were compiled.
+
+    Raises:
+      UserError: the hardware is unknown, or cannot be compiled for here.
+      RunError: nothing that was compiled fits.
+    """
+    console, target = Console(), hardware.parse(config.hardware)
+    train = config.train
+    base = base_of(train.model)
+    c, values = hf.read_config(base)
+    if train.context is not None:
+        c = models.family(c.model_type).config(train.context.apply(values))
+    memory = target.chip.memory_bytes / target.chip.devices
+    console.print(f"{target}: {target.devices} devices of {memory / _GIB:.1f} GiB")
+    devices = ahead.devices(target)
+    work = work_of(config, base, c)
+    console.print(f"data: {work.source}")
+    if config.search:
+        ways = [(way.config, way.sizes) for way in search.candidates(train, c, target, work.document_tokens)]
+        console.print(f"{len(ways)} ways fit by formula; compiling the first {min(config.compiled, len(ways))}")
+        ways = ways[: config.compiled]
+    else:
+        ways = [(train, train.mesh.sizes(devices))]
+    plans = []
+    for way, sizes in ways:
+        check_fits(way, c, sizes)
+        plans.append(_plan(way, c, target, sizes, devices, work))
+        console.print(_line(plans[-1], target))
+    plans.sort(key=lambda plan: (plan.problem != "", plan.estimate.step_s))
+    manifest.write_json(config.workdir / f"{config.hardware.replace(':', '-')}.json", _record(plans, target, work))
+    for renderable in _report(plans[0], target, work):
+        console.print(renderable)
+    if plans[0].problem:
+        raise RunError(f"{target}: {plans[0].problem}; --search tries other meshes and remat policies")
+    return plans
+
+
+def work_of(config: PlanConfig, base: Path, c: Config) -> Work:
+    """The recipe's data where it is here, else what the configuration says of it."""
+    train = config.train
+    if config.tokens is None and all(phase.examples.is_file() for phase in train.phases):
+        tokenizer = chat.load_tokenizer(base)
+        sets = [loader.prepare(phase.examples, tokenizer, train.row_tokens, c.vocab) for phase in train.phases]
+        pairs = zip(train.phases, sets, strict=True)
+        steps = sum(phase.optimizer_steps(len(rows), train.batch_rows) for phase, rows in pairs)
+        attended = config.document_tokens or max(rows.attended_tokens for rows in sets)
+        source = f"{steps} steps by the recipe's files, {attended:,.0f} tokens a document"
+        return Work(steps * train.batch_rows * train.row_tokens, attended, source)
+    attended = config.document_tokens or float(train.row_tokens)
+    told = "as given" if config.tokens else "unknown, as the recipe's files are not here (--tokens)"
+    of_documents = "as given" if config.document_tokens else "one a row, the dearest case (--document-tokens)"
+    return Work(config.tokens, attended, f"tokens {told}; documents {of_documents}")
+
+
+def _plan(way: TrainConfig, c: Config, target: Hardware, sizes: dict[str, int], devices: Any, work: Work) -> Plan:
+    try:
+        step = ahead.compile_step(way, c, way.mesh.build(devices))
+    except ahead.DoesNotFitError as error:
+        return Plan(way, sizes, None, search.of(way, c, target, sizes, work.document_tokens), str(error))
+    estimate = roofline.estimate(
+        c,
+        target,
+        sizes,
+        way.step.remat,
+        way.batch_rows * way.row_tokens,
+        work.document_tokens,
+        step.memory.weights + step.memory.optimizer,
+        step.collectives,
+    )
+    limit = search.USABLE * target.chip.memory_bytes / target.chip.devices
+    host_limit = target.chip.host_bytes / target.chip.devices
+    problem = ""
+    if step.memory.total > limit:
+        problem = f"needs {step.memory.total / _GIB:.1f} GiB a device, usable are {limit / _GIB:.1f}"
+    elif step.memory.host > host_limit:
+        problem = f"needs {step.memory.host / _GIB:.1f} GiB of host memory a device, there are {host_limit / _GIB:.0f}"
+    return Plan(way, sizes, step, estimate, problem)
+
+
+def _line(plan: Plan, target: Hardware) -> str:
+    """One way in one line."""
+    mesh = " x ".join(f"{axis} {size}" for axis, size in plan.sizes.items() if size > 1) or "one device"
+    of_step = f"{mesh}, remat {plan.config.step.remat}, accumulate {plan.config.step.accumulate}"
+    if plan.step is None:
+        return f"{of_step}: {plan.problem}"
+    held = f"{plan.step.memory.total / _GIB:.1f} GiB a device"
+    speed = f"{plan.estimate.step_s:.2f} s a step, MFU {plan.estimate.mfu:.0%}, mostly {plan.estimate.bound}"
+    return f"{of_step}: {held}, {speed}; compiled in {plan.step.compile_s:.0f} s" + (
+        f"; does not fit: {plan.problem}" if plan.problem else ""
+    )
+
+
+def _report(plan: Plan, target: Hardware, work: Work) -> Iterable[Any]:
+    """The best way in full."""
+    estimate = plan.estimate
+    if plan.step is not None:
+        memory = Table("memory of a device", "GiB")
+        for field in dataclasses.fields(ahead.Memory):
+            memory.add_row(field.name, f"{getattr(plan.step.memory, field.name) / _GIB:.2f}")
+        memory.add_row("total, without host", f"{plan.step.memory.total / _GIB:.2f}")
+        yield memory
+        yield _collectives(plan.step.collectives)
+        yield from _warnings(plan)
+    seconds = Table("of a step", "seconds")
+    for name in ("matmul_s", "attention_s", "memory_s", "wire_s", "fastest_s", "slowest_s", "step_s"):
+        seconds.add_row(name, f"{getattr(estimate, name):.3f}")
+    yield seconds
+    rate = estimate.tokens_per_s
+    yield f"{rate:,.0f} tokens/s, {rate / target.chips:,.0f} a chip; MFU {estimate.mfu:.1%}"
+    yield from _cost(estimate, target, work)
+    shares = roofline.EFFICIENCY[target.chip.platform]
+    yield f"{roofline.FORMULA}. Shares assumed, not measured: {shares._asdict()}"
+
+
+def _collectives(found: list[Collective]) -> Table:
+    """Collectives by kind, type and group, the most bytes first."""
+    table = Table("collective", "type", "devices", "times", "largest, MiB", "sent by a device, MiB")
+    groups: dict[tuple[str, str, int], list[Collective]] = {}
+    for one in found:
+        groups.setdefault((one.kind, one.dtype, one.group), []).append(one)
+    for (kind, dtype, group), some in sorted(groups.items(), key=lambda item: -sum(c.wire_bytes for c in item[1])):
+        sent, largest = sum(c.wire_bytes for c in some), max(c.payload_bytes for c in some)
+        times = sum(c.times for c in some)
+        table.add_row(kind, dtype, f"{group}", f"{times}", f"{largest / 2**20:,.1f}", f"{sent / 2**20:,.1f}")
+    return table
+
+
+def _warnings(plan: Plan) -> Iterable[str]:
+    assert plan.step is not None
+    large = [
+        one
+        for one in plan.step.collectives
+        if one.kind == "all-reduce" and one.payload_bytes > _LARGE_REDUCE and one.group != plan.sizes["tensor"]
+    ]
+    if large and plan.sizes["fsdp"] > 1:
+        size = max(one.payload_bytes for one in large) / 2**20
+        yield (
+            f"warning: {len(large)} all-reduces of up to {size:,.0f} MiB where a reduce-scatter would do; on TPUs a "
+            "weight whose dimension is split below 128 is reduced whole: keep hidden_size / mesh.fsdp at 128 or more"
+        )
+
+
+def _cost(estimate: roofline.Estimate, target: Hardware, work: Work) -> Iterable[str]:
+    hours = (work.tokens or 1e9) / estimate.tokens_per_s / 3600
+    price = target.chip.usd_per_hour
+    dollars = f", ${hours * target.chips * price:,.0f} at ${price:.2f} a chip and hour" if price else ""
+    yield f"{'the recipe' if work.tokens else 'a billion tokens'}: {hours:,.1f} hours{dollars}"
+
+
+def _record(plans: list[Plan], target: Hardware, work: Work) -> dict[str, Any]:
+    """What is kept of a plan, to be held against the run."""
+    return {
+        "hardware": str(target),
+        "jax": jax.__version__,
+        "work": dataclasses.asdict(work),
+        "efficiency": roofline.EFFICIENCY[target.chip.platform]._asdict(),
+        "formula": roofline.FORMULA,
+        "plans": [
+            {
+                "mesh": plan.sizes,
+                "step": dataclasses.asdict(plan.config.step),
+                "batch_rows": plan.config.batch_rows,
+                "row_tokens": plan.config.row_tokens,
+                "problem": plan.problem,
+                "memory": dataclasses.asdict(plan.step.memory) if plan.step else None,
+                "collectives": [dataclasses.asdict(one) for one in plan.step.collectives] if plan.step else None,
+                "estimate": {
+                    **dataclasses.asdict(plan.estimate),
+                    **{name: getattr(plan.estimate, name) for name in ("step_s", "tokens_per_s", "mfu", "bound")},
+                },
+            }
+            for plan in plans
+        ],
+    }

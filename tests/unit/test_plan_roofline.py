@@ -1,0 +1,107 @@
+"""Step times by formula: what they are made of, and how they change with the hardware."""
+
+import dataclasses
+import typing
+
+import pytest
+import tiny
+
+from jaxdistill import chips
+from jaxdistill.models import decoder
+from jaxdistill.models.config import Config
+from jaxdistill.plan import hardware, roofline
+from jaxdistill.plan.collectives import Collective
+from jaxdistill.plan.roofline import Estimate
+
+MESH = {"data": 1, "fsdp": 16, "context": 1, "tensor": 1}
+
+
+def model() -> Config:
+    """Qwen2.5-7B."""
+    return tiny.config(
+        "qwen2",
+        vocab_size=152_064,
+        hidden_size=3584,
+        intermediate_size=18_944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        head_dim=128,
+    )
+
+
+def estimate(name: str, remat: decoder.Remat = "none", wire: tuple[Collective, ...] = (), **changes: float) -> Estimate:
+    values = {"tokens": 2**20, "document_tokens": 32_768.0, "state_bytes": 0.0} | changes
+    target = hardware.parse(name)
+    mesh = MESH | {"fsdp": target.devices}
+    return roofline.estimate(model(), target, mesh, remat, int(values.pop("tokens")), wire=wire, **values)
+
+
+def test_flops_are_those_that_mfu_counts():
+    """At full efficiency, with nothing but matrix products and attention's own backward pass, MFU would be one."""
+    found, c = estimate("v5p:4x4x4"), model()
+    share = roofline.EFFICIENCY["tpu"]
+    spent = found.matmul_s * share.matmul + found.attention_s * share.attention * 6 / 7
+    assert spent * found.peak_flops == pytest.approx(2**20 * c.flops_per_token(32_768))
+    assert c.flops_per_token(0) == pytest.approx(6 * (7.07e9), rel=0.01)  # Qwen2.5-7B without its embedding lookup
+
+
+def test_what_is_recomputed_costs_a_third_of_the_layers_again():
+    kept, recomputed = estimate("v5p:4x4x4"), estimate("v5p:4x4x4", "full")
+    layers, head = model().matmul_weights
+    assert recomputed.matmul_s / kept.matmul_s == pytest.approx((8 * layers + 6 * head) / (6 * layers + 6 * head))
+    assert recomputed.attention_s / kept.attention_s == pytest.approx(9 / 7)
+    assert recomputed.mfu < kept.mfu
+
+
+def test_every_remat_policy_is_known():
+    assert set(roofline.RECOMPUTED) == set(typing.get_args(decoder.Remat))
+
+
+def test_twice_the_chips_take_half_the_time():
+    one, two = estimate("v6e:8x8"), estimate("v6e:8x16")
+    assert two.step_s == pytest.approx(one.step_s / 2)
+    assert two.mfu == pytest.approx(one.mfu)
+
+
+def test_collectives_are_hidden_wholly_or_not_at_all():
+    sent = Collective("all-gather", 10**9, 64, "bf16", 28)
+    without, found = estimate("v5p:4x4x4"), estimate("v5p:4x4x4", wire=(sent,))
+    assert found.wire_s == pytest.approx(28 * 1e9 * 63 / 64 / (600e9 * roofline.EFFICIENCY["tpu"].wire))
+    assert found.fastest_s == pytest.approx(max(without.step_s, found.wire_s))
+    assert found.slowest_s == pytest.approx(without.step_s + found.wire_s)
+    assert found.fastest_s <= found.step_s <= found.slowest_s
+    assert dataclasses.replace(found, wire_s=10 * found.busy_s).bound == "wire"
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh", "group", "expected"),
+    [
+        ("v5p:4x8x8", {"data": 1, "fsdp": 64, "context": 4, "tensor": 1}, 4, 600e9 / 3),  # one ring
+        ("v5p:4x8x8", {"data": 1, "fsdp": 64, "context": 4, "tensor": 1}, 64, 600e9 * 2 / 3),  # a plane
+        ("v5p:4x8x8", {"data": 1, "fsdp": 256, "context": 1, "tensor": 1}, 256, 600e9),
+        ("tpu7x:4x4x4", {"data": 1, "fsdp": 128, "context": 1, "tensor": 1}, 128, 300e9),  # a chip is two devices
+        ("h100x8", {"data": 1, "fsdp": 8, "context": 1, "tensor": 1}, 8, 450e9),
+        ("h100x128", {"data": 1, "fsdp": 128, "context": 1, "tensor": 1}, 128, 8 * 50e9),  # all cards of a node
+        ("h100x128", {"data": 1, "fsdp": 16, "context": 1, "tensor": 8}, 16, 50e9),  # one member on a node
+        ("h100x128", {"data": 1, "fsdp": 16, "context": 1, "tensor": 8}, 8, 450e9),
+        ("h100x128", {"data": 16, "fsdp": 4, "context": 2, "tensor": 1}, 4, 450e9),
+    ],
+)
+def test_a_group_has_the_links_that_it_spans(name: str, mesh: dict[str, int], group: int, expected: float):
+    assert roofline.wire_bandwidth(hardware.parse(name), mesh, group) == pytest.approx(expected)
+
+
+def test_devices_are_told_from_those_with_longer_names():
+    kinds = {
+        "TPU v5": "v5p",
+        "TPU v5 lite": "v5e",
+        "TPU v6 lite": "v6e",
+        "TPU v4": "v4",
+        "NVIDIA H100 80GB HBM3": "h100",
+    }
+    for kind, name in kinds.items():
+        found = chips.of_device(kind)
+        assert found is not None
+        assert found.name == name
+    assert chips.of_device("cpu") is None
