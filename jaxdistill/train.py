@@ -22,7 +22,7 @@ from jaxdistill.data import chat, loader
 from jaxdistill.data.packing import Batch
 from jaxdistill.errors import UserError
 from jaxdistill.models import decoder
-from jaxdistill.models.attention import packed
+from jaxdistill.models.attention import Attention, backends
 from jaxdistill.models.context import ContextExtension
 from jaxdistill.optim import OptimConfig
 from jaxdistill.progress import Progress
@@ -134,11 +134,13 @@ class Run:
                 f"row_tokens is {config.row_tokens}, but {config.model} was made for {self.c.max_positions} positions "
                 "(max_position_embeddings); use shorter rows, or extend its context (--help: context)"
             )
-        mesh = dict(jax.sharding.get_mesh().shape)
-        check_mesh_rows(mesh, config.batch_rows // config.step.accumulate, config.row_tokens)
+        mesh, rows = dict(jax.sharding.get_mesh().shape), config.batch_rows // config.step.accumulate
+        check_mesh_rows(mesh, rows, config.row_tokens)
         self.template = decoder.template(self.c)
         sharding.check_divisible(self.c.sizes(), mesh, sharding.STORAGE)
-        packed.check(self.c.heads, self.c.kv_heads, mesh, config.step.context)
+        step, device = config.step, jax.sharding.get_mesh().devices.flat[0]
+        attention = Attention(backend=backends.choose(step.attention, device.platform), context=step.context)
+        backends.check(attention, self.c, mesh, rows, config.row_tokens, step.compute_dtype, device)
         self.tokenizer = chat.load_tokenizer(self.base)
         self.console = console or Console(stderr=True)
         self.peak, self.peak_source = metrics.peak_flops(jnp.dtype(config.step.compute_dtype))
@@ -146,8 +148,11 @@ class Run:
         if lost:
             raise UserError(f"no such file: {', '.join(lost)}; expected JSON Lines files of examples")
         self.heldout = self._prepare(config.heldout) if config.heldout else None
-        self.heldout_loss = make_heldout_loss(config.step, self.c)
         self.stages = self._stages()
+        packed = [stage.rows for stage in self.stages] + ([self.heldout] if self.heldout else [])
+        segments = 1 + max(len(row) for rows in packed for row in rows.rows)
+        self.attention = dataclasses.replace(attention, segments=segments)
+        self.heldout_loss = make_heldout_loss(step, self.attention, self.c)
 
     def _prepare(self, path: Path) -> loader.PackedSet:
         return loader.prepare(path, self.tokenizer, self.config.row_tokens, self.c.vocab, self.console.is_terminal)
@@ -187,6 +192,7 @@ class Run:
         inputs = [self.base / "config.json", *(p.examples for p in config.phases), *heldout]
         origin = {name: self.stages[0].origin[name] for name in ("model", "context")}
         facts = {**origin, "mfu_formula": metrics.MFU_FORMULA, "peak": self.peak_source}
+        facts["attention"] = self.attention.backend
         manifest.write_manifest(self.workdir, "train", inputs, {}, phases=done, **facts)
         return done
 
@@ -249,6 +255,7 @@ class Run:
             f"{len(rows.dropped)} dropped as longer than a row; steps {start} to {stage.steps}"
         )
         self.console.print(f"{metrics.MFU_FORMULA}; peak {self.peak / 1e9:,.0f} GFLOP/s ({self.peak_source})")
+        self.console.print(f"attention: {self.attention.backend}")
 
     def _loop(
         self,
@@ -260,7 +267,7 @@ class Run:
     ) -> State:
         """Steps to the end; the metrics of a step are read while the next one runs."""
         config, steps, start = self.config, stage.steps, int(state.step)
-        train_step = make_step(config.step, self.c, stage.optimizer, stage.phase.optim.average_decay)
+        train_step = make_step(config.step, self.attention, self.c, stage.optimizer, stage.phase.optim.average_decay)
         with Progress(*_COLUMNS, console=self.console, speed_estimate_period=_ESTIMATE_S) as bar:
             task = bar.add_task(stage.name, total=steps, completed=start, note="compiling")
             steps_log = metrics.StepLog(
