@@ -29,22 +29,16 @@ def packed_attention(
         queries stay. "ulysses" (arXiv 2309.14509): positions are exchanged for heads, so each device sees whole rows
         of its heads; key/value heads are repeated where they are fewer than the devices.
     """
-    key_segments = segments
     if jax.sharding.get_abstract_mesh().shape["context"] == 1:
         local = _whole_rows
-    elif attention.context == "all_gather":
-        k, v, key_segments = relayout(k, "BSKH"), relayout(v, "BSKH"), relayout(segments, "BS")
-        local = _gathered
     else:
-        key_segments = relayout(segments, "BS")
-        local = _exchanged
-    layouts = [jax.typeof(x).sharding.spec for x in (q, k, v, key_segments)]
+        local = {"all_gather": _gathered, "ulysses": _exchanged}[attention.context]
     return jax.shard_map(
         functools.partial(local, _backend(attention)),
-        in_specs=tuple(layouts),
+        in_specs=(spec("BTNH"), spec("BTKH"), spec("BTKH"), spec("BS")),
         out_specs=spec("BTNH"),
         check_vma=False,  # each device runs its loops over keys to its own end
-    )(q, k, v, key_segments)
+    )(q, k, v, relayout(segments, "BS"))
 
 
 def _backend(attention: Attention) -> Callable[..., Array]:
@@ -63,8 +57,9 @@ def _whole_rows(attend: Callable[..., Array], q: Array, k: Array, v: Array, segm
 
 
 def _gathered(attend: Callable[..., Array], q: Array, k: Array, v: Array, segments: Array) -> Array:
-    """Two chunks of each row's queries [B, T, N, H] against all of its keys [B, S, K, H]."""
-    S, shards = k.shape[1], k.shape[1] // q.shape[1]
+    """Two chunks of each row's queries [B, T, N, H] against all of its keys, gathered here: gradients then scatter."""
+    S, shards = segments.shape[1], segments.shape[1] // q.shape[1]
+    k, v = (jax.lax.all_gather(x, "context", axis=1, tiled=True) for x in (k, v))
     k, v, segments = (_unzigzag(x, shards) for x in (k, v, segments))
     return attend(q, k, v, segments, query_order(S, shards), jax.lax.axis_index("context"))
 
