@@ -1,5 +1,6 @@
 """The kernels of TPUs and GPUs on a CPU, for tests: tokamax's step by step, cuDNN's by what its arguments mean."""
 
+import importlib.util
 from typing import Any
 
 import jax
@@ -14,12 +15,18 @@ from jaxdistill.models.attention import splash
 def emulate(backend: str, patch: pytest.MonkeyPatch) -> None:
     """Makes a backend run on this CPU until the patch is undone; skips the test where its package is missing."""
     if backend == "splash":
-        pytest.importorskip("tokamax", reason="tokamax is not installed: its splash attention cannot be tested")
+        require("tokamax")
         # Simulates a TPU's memory: what was never written is NaN, and a block that stays is not read again. Plainly
         # interpreted, jax 0.10 does not let a kernel see what it wrote to an output that shares an input's memory.
         patch.setattr(splash, "_INTERPRET", pltpu.InterpretParams())
     elif backend == "cudnn":
         _lower_cudnn_to_cpu()
+
+
+def require(package: str) -> None:
+    """Skips the test where a package is missing; does not import it."""
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
 
 
 def _lower_cudnn_to_cpu() -> None:

@@ -126,7 +126,7 @@ def count(primitive: str, jaxpr: Any) -> int:
 def test_saved_output_spares_the_forward_kernel(backend: Backend, kernel: str):
     """By name, and with it what else the backward pass needs; otherwise the kernel would run twice."""
     if backend == "splash":
-        pytest.importorskip("tokamax", reason="tokamax is not installed: its splash attention cannot be traced")
+        kernels.require("tokamax")
     q, k, v, _ = draw(1, 512, 4, 2, 64)
     segments = segment_ids([[300, 212]], 512)
     with tiny.mesh():

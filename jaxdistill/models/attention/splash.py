@@ -1,6 +1,8 @@
 """The backend of TPUs: tokamax's splash attention, which computes a row's scores tile by tile."""
 
+import importlib.util
 import itertools
+import sys
 from typing import Any
 
 import jax
@@ -39,18 +41,31 @@ def attend(
     return jax.lax.map(one_row, (q, k, v, query_segments, segments))
 
 
-def _kernel(order: np.ndarray, shard: int | Array) -> tuple[Any, Any]:
-    """The kernel with this shard's schedule of tiles, which saves for the backward pass under OUTPUT_NAME."""
-    # Private, and at the same place in 0.0.12 (the last for Python 3.11) and in 0.0.17. What differs is within:
-    # 0.0.12 computes tiles of other documents and masks them, later versions skip them.
+def _tokamax() -> tuple[Any, Any]:
+    """tokamax's kernel and its masks: private modules, at the same place in 0.0.12 and in 0.0.17.
+
+    0.0.12, the last for Python 3.11, computes the tiles of other documents and masks them; from 0.0.16 on they are
+    skipped.
+    """
+    if sys.version_info < (3, 12) and "tokamax" not in sys.modules:
+        # A package that was found, but not run: it would need typeguard 2.13.3, which tyro does not go with. The kernel
+        # itself needs jax alone.
+        spec: Any = importlib.util.find_spec("tokamax")
+        sys.modules["tokamax"] = importlib.util.module_from_spec(spec)
     from tokamax._src.ops.experimental.tpu.splash_attention import (  # pyright: ignore[reportMissingImports]
         splash_attention_kernel,
         splash_attention_mask,
     )
 
+    return splash_attention_kernel, splash_attention_mask
+
+
+def _kernel(order: np.ndarray, shard: int | Array) -> tuple[Any, Any]:
+    """The kernel with this shard's schedule of tiles, which saves for the backward pass under OUTPUT_NAME."""
+    kernels, masks = _tokamax()
     block = _block(order.size, order.shape[2])
     inner = block // 2 if block % (2 * _LANES) == 0 else block  # keys at a time, within a tile
-    config = splash_attention_kernel.SplashConfig(
+    config = kernels.SplashConfig(
         block_q=block,
         block_kv=block,
         block_kv_compute=inner,
@@ -61,12 +76,12 @@ def _kernel(order: np.ndarray, shard: int | Array) -> tuple[Any, Any]:
         residual_checkpoint_name=OUTPUT_NAME,
         interpret=_INTERPRET,
     )
-    mask = splash_attention_mask.CausalMask((order.size, order.size))
+    mask = masks.CausalMask((order.size, order.size))
     mask.q_sequence = order.ravel().astype(np.int32)
-    kernel = splash_attention_kernel.make_splash_mha(mask, config=config, q_seq_shards=len(order))
+    kernel = kernels.make_splash_mha(mask, config=config, q_seq_shards=len(order))
     # The schedules of all shards stand one after another, made to be cut by shard_map; here this device takes its own
     kernel = jax.tree.map(lambda x: x.reshape(len(order), -1)[shard], kernel)
-    return kernel, splash_attention_kernel.SegmentIds
+    return kernel, kernels.SegmentIds
 
 
 def _block(length: int, stretch: int) -> int:
