@@ -1,5 +1,6 @@
 """`jaxdistill COMMAND [RECIPE.py] [--field.sub value ...]`: the commands, and how a recipe becomes a config."""
 
+import contextlib
 import errno
 import importlib
 import runpy
@@ -23,6 +24,7 @@ class Command(NamedTuple):
     config: str  # the dataclass of that module that the command takes
     summary: str
     uses_devices: bool = True
+    writes: bool = True  # in a run folder, the config's workdir
 
 
 COMMANDS = {
@@ -34,6 +36,9 @@ COMMANDS = {
     "sample": Command("jaxdistill.sample.run", "SampleConfig", "checkpoint or Hugging Face folder -> text"),
     "evaluate": Command("jaxdistill.evaluate.run", "EvaluateConfig", "model + task -> scores with intervals"),
     "export": Command("jaxdistill.export", "ExportConfig", "checkpoint -> verified Hugging Face folder"),
+    "doctor": Command(
+        "jaxdistill.doctor", "DoctorConfig", "what works on this machine, and why not more", writes=False
+    ),
 }
 
 _USAGE = """usage: jaxdistill COMMAND [RECIPE.py] [--field value ...]
@@ -99,7 +104,7 @@ def main(arguments: list[str] | None = None) -> None:
             from jaxdistill import runtime  # imports jax, which the other commands do without
 
             runtime.start()
-        with manifest.held(config.workdir):
+        with manifest.held(config.workdir) if command.writes else contextlib.nullcontext():
             importlib.import_module(command.module).main(config)
     except UserError as error:
         _fail(f"{error}", 2)

@@ -192,7 +192,7 @@ class Run:
         inputs = [self.base / "config.json", *(p.examples for p in config.phases), *heldout]
         origin = {name: self.stages[0].origin[name] for name in ("model", "context")}
         facts = {**origin, "mfu_formula": metrics.MFU_FORMULA, "peak": self.peak_source}
-        facts["attention"] = self.attention.backend
+        facts["attention"] = backends.describe(self.attention.backend)
         manifest.write_manifest(self.workdir, "train", inputs, {}, phases=done, **facts)
         return done
 
@@ -255,7 +255,7 @@ class Run:
             f"{len(rows.dropped)} dropped as longer than a row; steps {start} to {stage.steps}"
         )
         self.console.print(f"{metrics.MFU_FORMULA}; peak {self.peak / 1e9:,.0f} GFLOP/s ({self.peak_source})")
-        self.console.print(f"attention: {self.attention.backend}")
+        self.console.print(f"attention: {backends.describe(self.attention.backend)}")
 
     def _loop(
         self,

@@ -1,6 +1,7 @@
 """Which attention backend runs where, and what is refused before a run starts."""
 
 import dataclasses
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import tiny
 
 from jaxdistill.errors import UserError
-from jaxdistill.models.attention import Attention, Backend, ContextParallelism, backends
+from jaxdistill.models.attention import Attention, Backend, ContextParallelism, backends, splash
 
 TPU = SimpleNamespace(platform="tpu", device_kind="TPU v5p")
 H100 = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 80GB HBM3", compute_capability="9.0")
@@ -47,6 +48,14 @@ def test_what_is_missing(monkeypatch: pytest.MonkeyPatch):
         assert f"cuDNN 90600 or newer, found {found}" in (backends.unavailable("cudnn", H100) or "")
 
 
+def test_a_version_that_computes_more_than_it_must_says_so(monkeypatch: pytest.MonkeyPatch):
+    assert backends.describe("splash") == "splash of tokamax 0.0.17"
+    monkeypatch.setattr(backends, "version_of", lambda package: "0.0.12")
+    assert "0.0.12, which computes the tiles of other documents" in backends.describe("splash")
+    assert backends.describe("cudnn") == "cudnn of cuDNN 92000"
+    assert backends.describe("blockwise") == "blockwise"
+
+
 def check(
     backend: Backend,
     mesh: dict[str, int] | None = None,
@@ -72,6 +81,15 @@ def test_what_fits():
     check("splash", {"context": 8}, row_tokens=32_768, head_dim=128)
     check("cudnn", row_tokens=777)
     check("cudnn", {"data": 2, "context": 4}, "ulysses")
+
+
+def test_splash_cuts_a_row_into_four_blocks_of_keys_or_more():
+    """With one block, tokamax 0.0.12 gives wrong gradients of keys and values where query heads share them."""
+    for length, chunks in itertools.product(range(128, 9_000, 128), (1, 4, 16)):
+        if splash.misfit(length, chunks, head_dim=64) is None:
+            block = splash._block(length, length // chunks)
+            assert length % block == 0
+            assert length // block >= 4
 
 
 @pytest.mark.parametrize(

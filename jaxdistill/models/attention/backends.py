@@ -1,8 +1,11 @@
 """Which backend computes attention: each platform's own, and why another, or this one, cannot."""
 
 import importlib.metadata
+import sys
 from collections.abc import Mapping
 from typing import Any, get_args
+
+from packaging.version import Version
 
 from jaxdistill.errors import UserError
 from jaxdistill.models.attention import Attention, Backend, cudnn, splash
@@ -31,7 +34,9 @@ def unavailable(backend: Backend, device: Any) -> str | None:
         if device.platform != "tpu":
             return f"splash runs on TPUs, found {device.device_kind}"
         if version_of("tokamax") is None:
-            return "splash needs the package tokamax: pip install -e .[tpu]"
+            # Its last version for Python 3.11 asks for a typeguard that tyro does not go with
+            package = "-e .[tpu]" if sys.version_info >= (3, 12) else "--no-deps tokamax==0.0.12"
+            return f"splash needs the package tokamax: pip install {package}"
     if backend == "cudnn":
         if device.platform != "gpu":
             return f"cudnn runs on NVIDIA GPUs, found {device.device_kind}"
@@ -41,6 +46,18 @@ def unavailable(backend: Backend, device: Any) -> str | None:
         if found is None or found < _CUDNN_VERSION:
             return f"cudnn needs cuDNN {_CUDNN_VERSION} or newer, found {found}: pip install -U -e .[cuda13]"
     return None
+
+
+def describe(backend: Backend) -> str:
+    """A backend with the version of what computes it, and what that version lacks."""
+    if backend == "splash":
+        found = version_of("tokamax") or "0"
+        lacking = "computes the tiles of other documents, to mask them; 0.0.16, for Python 3.12, skips them"
+        old = Version(found) < Version("0.0.16")
+        return f"splash of tokamax {found}" + f", which {lacking}" * old
+    if backend == "cudnn":
+        return f"cudnn of cuDNN {cudnn_version()}"
+    return backend
 
 
 def version_of(package: str) -> str | None:
