@@ -1,5 +1,6 @@
 """`jaxdistill COMMAND [RECIPE.py] [--field.sub value ...]`: the commands, and how a recipe becomes a config."""
 
+import contextlib
 import errno
 import importlib
 import runpy
@@ -25,6 +26,7 @@ class Command(NamedTuple):
     summary: str
     uses_devices: bool = True
     recipe: str = ""  # the field that takes a recipe; by default the recipe is the whole configuration
+    writes: bool = True  # in a run folder, the config's workdir
 
 
 COMMANDS = {
@@ -33,10 +35,15 @@ COMMANDS = {
     "reformat": Command("jaxdistill.curate.reformat", "ReformatConfig", "solutions -> reformatted examples", False),
     "examples": Command("jaxdistill.curate.examples", "ExamplesConfig", "chains -> examples to train on", False),
     "train": Command("jaxdistill.train", "TrainConfig", "Hugging Face folder + examples -> checkpoints"),
-    "plan": Command("jaxdistill.plan.run", "PlanConfig", "recipe + hardware -> fit, speed, cost", False, "train"),
+    "plan": Command(
+        "jaxdistill.plan.run", "PlanConfig", "recipe + hardware -> fit, speed, cost", False, recipe="train"
+    ),
     "sample": Command("jaxdistill.sample.run", "SampleConfig", "checkpoint or Hugging Face folder -> text"),
     "evaluate": Command("jaxdistill.evaluate.run", "EvaluateConfig", "model + task -> scores with intervals"),
     "export": Command("jaxdistill.export", "ExportConfig", "checkpoint -> verified Hugging Face folder"),
+    "doctor": Command(
+        "jaxdistill.doctor", "DoctorConfig", "what works on this machine, and why not more", writes=False
+    ),
 }
 
 _USAGE = """usage: jaxdistill COMMAND [RECIPE.py] [--field value ...]
@@ -104,7 +111,7 @@ def main(arguments: list[str] | None = None) -> None:
             from jaxdistill import runtime  # imports jax, which the other commands do without
 
             runtime.start()
-        with manifest.held(config.workdir):
+        with manifest.held(config.workdir) if command.writes else contextlib.nullcontext():
             importlib.import_module(command.module).main(config)
     except UserError as error:
         _fail(f"{error}", 2)

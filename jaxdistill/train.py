@@ -22,7 +22,7 @@ from jaxdistill.data import chat, loader
 from jaxdistill.data.packing import Batch
 from jaxdistill.errors import UserError
 from jaxdistill.models import decoder
-from jaxdistill.models.attention import packed
+from jaxdistill.models.attention import Attention, backends
 from jaxdistill.models.config import Config
 from jaxdistill.models.context import ContextExtension
 from jaxdistill.optim import OptimConfig
@@ -89,11 +89,15 @@ class TrainConfig:
             raise UserError(f"batch_rows {self.batch_rows} is not a multiple of step.accumulate {self.step.accumulate}")
 
 
-def check_fits(config: TrainConfig, c: Config, mesh: Mapping[str, int]) -> None:
-    """Refuses rows, a model or heads that a mesh of these sizes cannot split evenly.
+def check_fits(config: TrainConfig, c: Config, mesh: Mapping[str, int], device: Any) -> Attention:
+    """Refuses rows, a model or heads that a mesh of these sizes cannot split evenly; returns how attention is computed.
+
+    Args:
+      device: one of the mesh; it may be one that a program is only compiled for.
 
     Raises:
-      UserError: rows are longer than the model's positions, or something does not come out even.
+      UserError: rows are longer than the model's positions, something does not come out even, or attention has no
+        backend here.
     """
     if config.row_tokens > c.max_positions:
         raise UserError(
@@ -110,7 +114,10 @@ def check_fits(config: TrainConfig, c: Config, mesh: Mapping[str, int]) -> None:
     if config.row_tokens % chunks:
         raise UserError(f"row_tokens {config.row_tokens} is not a multiple of twice mesh.context {mesh['context']}")
     sharding.check_divisible(c.sizes(), mesh, sharding.STORAGE)
-    packed.check(c.heads, c.kv_heads, mesh, config.step.context)
+    step = config.step
+    attention = Attention(backend=backends.choose(step.attention, device.platform), context=step.context)
+    backends.check(attention, c, mesh, rows, config.row_tokens, step.compute_dtype, device)
+    return attention
 
 
 def main(config: TrainConfig) -> dict[str, Any]:
@@ -145,7 +152,8 @@ class Run:
         self.c, values = hf.read_config(self.base)
         if config.context is not None:
             self.c = models.family(self.c.model_type).config(config.context.apply(values))
-        check_fits(config, self.c, dict(jax.sharding.get_mesh().shape))
+        mesh = jax.sharding.get_mesh()
+        attention = check_fits(config, self.c, dict(mesh.shape), mesh.devices.flat[0])
         self.template = decoder.template(self.c)
         self.tokenizer = chat.load_tokenizer(self.base)
         self.console = console or Console(stderr=True)
@@ -154,8 +162,11 @@ class Run:
         if lost:
             raise UserError(f"no such file: {', '.join(lost)}; expected JSON Lines files of examples")
         self.heldout = self._prepare(config.heldout) if config.heldout else None
-        self.heldout_loss = make_heldout_loss(config.step, self.c)
         self.stages = self._stages()
+        packed = [stage.rows for stage in self.stages] + ([self.heldout] if self.heldout else [])
+        segments = 1 + max(len(row) for rows in packed for row in rows.rows)
+        self.attention = dataclasses.replace(attention, segments=segments)
+        self.heldout_loss = make_heldout_loss(config.step, self.attention, self.c)
 
     def _prepare(self, path: Path) -> loader.PackedSet:
         return loader.prepare(path, self.tokenizer, self.config.row_tokens, self.c.vocab, self.console.is_terminal)
@@ -195,6 +206,7 @@ class Run:
         inputs = [self.base / "config.json", *(p.examples for p in config.phases), *heldout]
         origin = {name: self.stages[0].origin[name] for name in ("model", "context")}
         facts = {**origin, "mfu_formula": metrics.MFU_FORMULA, "peak": self.peak_source}
+        facts["attention"] = backends.describe(self.attention.backend)
         manifest.write_manifest(self.workdir, "train", inputs, {}, phases=done, **facts)
         return done
 
@@ -257,6 +269,7 @@ class Run:
             f"{len(rows.dropped)} dropped as longer than a row; steps {start} to {stage.steps}"
         )
         self.console.print(f"{metrics.MFU_FORMULA}; peak {self.peak / 1e9:,.0f} GFLOP/s ({self.peak_source})")
+        self.console.print(f"attention: {backends.describe(self.attention.backend)}")
 
     def _loop(
         self,
@@ -268,7 +281,7 @@ class Run:
     ) -> State:
         """Steps to the end; the metrics of a step are read while the next one runs."""
         config, steps, start = self.config, stage.steps, int(state.step)
-        train_step = make_step(config.step, self.c, stage.optimizer, stage.phase.optim.average_decay)
+        train_step = make_step(config.step, self.attention, self.c, stage.optimizer, stage.phase.optim.average_decay)
         with Progress(*_COLUMNS, console=self.console, speed_estimate_period=_ESTIMATE_S) as bar:
             task = bar.add_task(stage.name, total=steps, completed=start, note="compiling")
             steps_log = metrics.StepLog(

@@ -15,7 +15,7 @@ from jaxdistill.data.packing import Batch
 from jaxdistill.errors import UserError
 from jaxdistill.loss import cross_entropy_sum
 from jaxdistill.models import decoder
-from jaxdistill.models.attention.packed import ContextParallelism
+from jaxdistill.models.attention import REFERENCE, Attention, Backend, ContextParallelism
 from jaxdistill.models.config import Config
 
 
@@ -26,6 +26,7 @@ class StepConfig:
     accumulate: int = 1  # pieces a batch is worked off in, to save memory
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of activations; weights and moments are float32
     remat: decoder.Remat = "full"  # what the backward pass finds saved
+    attention: Backend | None = None  # by default splash on TPUs, cudnn on GPUs, blockwise on CPUs
     context: ContextParallelism = "all_gather"  # how attention crosses mesh.context; ulysses within a node of GPUs
     neftune_alpha: float = 0.0  # noise on the embeddings (arXiv 2310.05914); 0 is none
 
@@ -72,11 +73,11 @@ def loss_sum(
     dtype: Any,
     remat: decoder.Remat,
     noise: Any,
-    context: ContextParallelism = "all_gather",
+    attention: Attention = REFERENCE,
 ) -> Array:
     """Weighted negative log-likelihood of packed rows [B, T], summed over tokens."""
     rows = batch.tokens, batch.positions, batch.segments
-    x = decoder.hidden(params, *rows, c, dtype, remat, noise, context)
+    x = decoder.hidden(params, *rows, c, dtype, remat, noise, attention)
     return cross_entropy_sum(x, decoder.head(params), batch.targets, batch.weights)
 
 
@@ -92,13 +93,18 @@ def neftune_noise(key: PRNGKeyArray, lengths: Int[Array, "B T"], alpha: float, c
 
 
 def make_step(
-    config: StepConfig, c: Config, optimizer: optax.GradientTransformation, average_decay: float = 0.0
+    config: StepConfig,
+    attention: Attention,
+    c: Config,
+    optimizer: optax.GradientTransformation,
+    average_decay: float = 0.0,
 ) -> Callable[[State, Batch], tuple[State, dict[str, Array]]]:
     """The jitted training step. Batches are [accumulate, B, T]; the old state's memory is reused.
 
     The loss is the mean over the global batch's weighted tokens: pieces are summed and divided once.
 
     Args:
+      attention: as config asks for it, with the platform's backend where it leaves that open.
       average_decay: of the state's average, where it has one.
     """
     dtype = jnp.dtype(config.compute_dtype)
@@ -106,7 +112,7 @@ def make_step(
     def piece_loss(params: decoder.Params, piece: Batch, key: PRNGKeyArray, total: Array) -> Array:
         alpha = config.neftune_alpha
         noise = neftune_noise(key, piece.lengths, alpha, c, dtype) if alpha else None
-        return loss_sum(params, piece, c, dtype, config.remat, noise, config.context) / total
+        return loss_sum(params, piece, c, dtype, config.remat, noise, attention) / total
 
     def step(state: State, batch: Batch) -> tuple[State, dict[str, Array]]:
         total = jnp.maximum(jnp.sum(batch.weights), 1e-6)
@@ -135,12 +141,14 @@ def make_step(
     return jax.jit(step, donate_argnums=0)
 
 
-def make_heldout_loss(config: StepConfig, c: Config) -> Callable[[decoder.Params, Batch], tuple[Array, Array]]:
+def make_heldout_loss(
+    config: StepConfig, attention: Attention, c: Config
+) -> Callable[[decoder.Params, Batch], tuple[Array, Array]]:
     """The jitted (loss sum, weight sum) of one batch [B, T]."""
     dtype = jnp.dtype(config.compute_dtype)
 
     def sums(params: decoder.Params, batch: Batch) -> tuple[Array, Array]:
-        return loss_sum(params, batch, c, dtype, "none", None, config.context), jnp.sum(batch.weights)
+        return loss_sum(params, batch, c, dtype, "none", None, attention), jnp.sum(batch.weights)
 
     return jax.jit(sums)
 

@@ -8,8 +8,8 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from jaxdistill import models, weights
-from jaxdistill.models.attention import OUTPUT_NAME
-from jaxdistill.models.attention.packed import ContextParallelism, packed_attention
+from jaxdistill.models.attention import OUTPUT_NAME, REFERENCE, Attention
+from jaxdistill.models.attention.packed import packed_attention
 from jaxdistill.models.config import Config
 from jaxdistill.models.layers import rms_norm, rope_angles
 from jaxdistill.sharding import einsum, gather, spec
@@ -58,7 +58,7 @@ def hidden(
     dtype: Any,
     remat: Remat = "full",
     noise: Float[Array, "B T D"] | None = None,
-    context: ContextParallelism = "all_gather",
+    attention: Attention = REFERENCE,
 ) -> Float[Array, "B T D"]:
     """Hidden states before the head, of packed rows, which stand as `sharding.row_order` has them.
 
@@ -68,13 +68,13 @@ def hidden(
       remat: what the backward pass finds saved: "full" only each layer's input, "matmuls" also the results of the
         projections and of attention, "none" everything.
       noise: added to the embeddings (NEFTune).
-      context: how attention crosses the context axis.
+      attention: its backend, and how it crosses the context axis.
     """
     block = models.family(c.model_type).block
     angles = rope_angles(positions, c.rope, c.head_dim)
 
     def layer(x, w):
-        return block(x, w, angles, lambda q, k, v: (packed_attention(q, k, v, segments, context), None), c)
+        return block(x, w, angles, lambda q, k, v: (packed_attention(q, k, v, segments, attention), None), c)
 
     x = embed(params, tokens, dtype)
     if noise is not None:

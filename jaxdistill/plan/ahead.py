@@ -20,7 +20,7 @@ from jaxdistill.models.config import Config
 from jaxdistill.plan import collectives
 from jaxdistill.plan.collectives import Collective
 from jaxdistill.plan.hardware import Hardware
-from jaxdistill.train import TrainConfig
+from jaxdistill.train import TrainConfig, check_fits
 from jaxdistill.train_step import State, make_step, new_state
 
 _INSTALL = {"tpu": "jaxdistill[tpu]", "cuda": "jaxdistill[cuda13]"}
@@ -87,15 +87,17 @@ def compile_step(config: TrainConfig, c: Config, mesh: jax.sharding.Mesh) -> Com
     """Compiles the step of a run's first phase, the very one that training runs, for the devices of a mesh.
 
     Raises:
+      UserError: the mesh does not split the rows or the model evenly, or attention has no backend there.
       DoesNotFitError: the compiler ran out of a device's memory.
     """
+    attention = check_fits(config, c, dict(mesh.shape), mesh.devices.flat[0])
     with jax.set_mesh(mesh):
         template, phase = decoder.template(c), config.phases[0].optim
         optimizer = optim.make(phase, config.phases[0].steps or 1000, template)
         like = weights.abstract(template)
         average = phase.average_decay > 0
         state = weights.on_mesh(jax.eval_shape(lambda p: new_state(p, optimizer, config.seed, average), like))
-        step: Any = make_step(config.step, c, optimizer, phase.average_decay)
+        step: Any = make_step(config.step, attention, c, optimizer, phase.average_decay)
         traced = step.trace(state, _batch(config))
         started = time.perf_counter()
         try:

@@ -17,7 +17,7 @@ from jaxdistill.models.config import Config
 from jaxdistill.plan import ahead, hardware, roofline, search
 from jaxdistill.plan.collectives import Collective
 from jaxdistill.plan.hardware import Hardware
-from jaxdistill.train import TrainConfig, check_fits
+from jaxdistill.train import TrainConfig
 
 _GIB = 2**30
 _LARGE_REDUCE = 8 * 2**20  # bytes: an all-reduce above this outside tensor parallelism should be a reduce-scatter
@@ -79,14 +79,15 @@ def main(config: PlanConfig) -> list[Plan]:
     work = work_of(config, base, c)
     console.print(f"data: {work.source}")
     if config.search:
-        ways = [(way.config, way.sizes) for way in search.candidates(train, c, target, work.document_tokens)]
+        ways = [
+            (way.config, way.sizes) for way in search.candidates(train, c, target, devices[0], work.document_tokens)
+        ]
         console.print(f"{len(ways)} ways fit by formula; compiling the first {min(config.compiled, len(ways))}")
         ways = ways[: config.compiled]
     else:
         ways = [(train, train.mesh.sizes(devices))]
     plans = []
     for way, sizes in ways:
-        check_fits(way, c, sizes)
         plans.append(_plan(way, c, target, sizes, devices, work))
         console.print(_line(plans[-1], target))
     plans.sort(key=lambda plan: (plan.problem != "", plan.estimate.step_s))

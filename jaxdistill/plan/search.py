@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import typing
 from collections.abc import Iterator
+from typing import Any
 
 from jaxdistill import weights
 from jaxdistill.errors import UserError
@@ -30,14 +31,16 @@ class Candidate:
     expected_bytes: float  # on one device
 
 
-def candidates(config: TrainConfig, c: Config, hardware: Hardware, document_tokens: float) -> list[Candidate]:
+def candidates(
+    config: TrainConfig, c: Config, hardware: Hardware, device: Any, document_tokens: float
+) -> list[Candidate]:
     """All ways that divide evenly and should fit, fastest first; the recipe's tokens in a step stay what they are.
 
     Raises:
       UserError: there is none.
     """
     found, too_large = [], 0
-    for sizes, step in _meshes(config, c, hardware.devices):
+    for sizes, step in _meshes(config, c, hardware.devices, device):
         for remat in typing.get_args(decoder.Remat):
             way = dataclasses.replace(config, mesh=MeshConfig(**sizes), step=dataclasses.replace(step, remat=remat))
             needed = _expected_bytes(c, way, sizes)
@@ -66,7 +69,7 @@ def of(
     return roofline.estimate(c, hardware, sizes, config.step.remat, tokens, document_tokens, state, repeated)
 
 
-def _meshes(config: TrainConfig, c: Config, devices: int) -> Iterator[tuple[dict[str, int], StepConfig]]:
+def _meshes(config: TrainConfig, c: Config, devices: int, device: Any) -> Iterator[tuple[dict[str, int], StepConfig]]:
     """Meshes that split the model, the rows and the heads evenly, and how many rows at a time."""
     divisors = [n for n in range(1, devices + 1) if devices % n == 0]
     for tensor, context in itertools.product(divisors, divisors):
@@ -79,7 +82,7 @@ def _meshes(config: TrainConfig, c: Config, devices: int) -> Iterator[tuple[dict
                 continue
             step = dataclasses.replace(config.step, accumulate=config.batch_rows // left)  # a row each: least memory
             try:
-                check_fits(dataclasses.replace(config, step=step), c, sizes)
+                check_fits(dataclasses.replace(config, step=step), c, sizes, device)
             except UserError:
                 continue
             yield sizes, step

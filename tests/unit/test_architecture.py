@@ -21,7 +21,7 @@ ARRAYS = (
     ("sample",),
     ("evaluate",),
     ("train",),
-    ("plan",),
+    ("plan", "doctor"),
     ("report",),
     ("demo",),
     ("cli",),

@@ -1,47 +1,20 @@
-"""Packed attention in blocks against the plain formula."""
+"""Packed attention of every backend against the plain formula."""
 
-import functools
-from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import kernels
 import numpy as np
 import pytest
 import tiny
-from einops import rearrange
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
+from plain_attention import PADDING, check, draw, plain, segment_ids
 
 from jaxdistill import sharding
-from jaxdistill.models.attention import blockwise
-from jaxdistill.models.attention.packed import packed_attention
-
-Attend = Callable[[Array, Array, Array, Array], Array]
-PADDING = 0  # the segment id of positions that hold no document
-
-
-@jax.jit
-def plain(
-    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], segments: Int[Array, "B T"]
-) -> Float[Array, "B T N H"]:
-    """All scores at once; a query sees the keys of its own document up to itself."""
-    q = rearrange(q, "B T (K G) H -> B T K G H", K=k.shape[2])
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k) / q.shape[-1] ** 0.5
-    mask = jnp.tril(segments[:, :, None] == segments[:, None])[:, None, None]
-    out = jnp.einsum("BKGTS,BSKH->BTKGH", jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1), v)
-    return rearrange(out, "B T K G H -> B T (K G) H")
-
-
-def segment_ids(rows: Sequence[Sequence[int]], T: int) -> np.ndarray:
-    ids = np.full((len(rows), T), PADDING, np.int32)
-    for row, lengths in zip(ids, rows, strict=True):
-        row[: sum(lengths)] = np.repeat(np.arange(len(lengths)) + 1, lengths)
-    return ids
-
-
-def draw(B: int, T: int, N: int, K: int, H: int) -> tuple[np.ndarray, ...]:
-    rng = np.random.default_rng(T + H)
-    return tuple(rng.standard_normal((B, T, heads, H), np.float32) for heads in (N, K, K, N))
-
+from jaxdistill.models import decoder
+from jaxdistill.models.attention import REFERENCE, Attention, Backend, blockwise, cudnn, splash
+from jaxdistill.models.attention.packed import packed_attention, query_order
 
 # The documents of each row. Blocks are 16 queries by 16 keys, from rows of 128 on by 32.
 ROWS = {
@@ -61,31 +34,6 @@ ROWS = {
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blockwise, "_QUERY_BLOCK", 16)
     monkeypatch.setattr(blockwise, "_KEY_BLOCK", 32)
-
-
-def check(T: int, rows: Sequence[Sequence[int]], N: int, K: int, H: int) -> None:
-    """Outputs and gradients of the documents' positions equal the plain formula's; padding stays finite."""
-    q, k, v, d_out = draw(len(rows), T, N, K, H)
-    ids = segment_ids(rows, T)
-    mask = (ids != PADDING)[:, :, None, None]
-
-    def loss(attend: Attend, q: Array, k: Array, v: Array, ids: Array) -> tuple[Array, Array]:
-        out = attend(q, k, v, ids)
-        return jnp.sum(out * d_out * mask), out
-
-    def run(attend: Attend, *inputs: Array) -> tuple[np.ndarray, ...]:
-        with jax.default_matmul_precision("highest"):
-            step = jax.jit(jax.value_and_grad(functools.partial(loss, attend), argnums=(0, 1, 2), has_aux=True))
-            (_, out), gradients = step(*inputs)
-        return tuple(map(np.asarray, (out, *gradients)))
-
-    expected = run(plain, *map(jnp.asarray, (q, k, v, ids)))
-    with tiny.mesh():
-        placed = (sharding.put(x, names) for x, names in ((q, "BTNH"), (k, "BTKH"), (v, "BTKH"), (ids, "BT")))
-        found = run(packed_attention, *placed)
-    assert np.isfinite(found[0]).all(), "padding too must stay finite"
-    np.testing.assert_allclose(found[0] * mask, expected[0] * mask, atol=2e-6)
-    tiny.assert_trees_close(found[1:], expected[1:], 2e-6)
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -114,7 +62,7 @@ def test_keys_of_earlier_documents_are_not_read():
     v[:, :64] = np.nan
     with tiny.mesh():
         placed = (sharding.put(q, "BTNH"), sharding.put(k, "BTKH"), sharding.put(v, "BTKH"))
-        out = np.asarray(packed_attention(*placed, sharding.put(ids, "BT")))
+        out = np.asarray(packed_attention(*placed, sharding.put(ids, "BT"), REFERENCE))
     assert np.isnan(out[:, :64]).all()
     assert np.isfinite(out[:, 64:]).all()
 
@@ -123,5 +71,83 @@ def test_large_scores_do_not_overflow():
     q, k, v, _ = draw(1, 64, 4, 2, 16)
     with tiny.mesh():
         placed = (sharding.put(q * 1e3, "BTNH"), sharding.put(k * 1e3, "BTKH"), sharding.put(v, "BTKH"))
-        out = packed_attention(*placed, sharding.put(segment_ids([[64]], 64), "BT"))
+        out = packed_attention(*placed, sharding.put(segment_ids([[64]], 64), "BT"), REFERENCE)
     assert np.isfinite(np.asarray(out)).all()
+
+
+# --- the kernels of TPUs and GPUs, emulated --------------------------------------------------------------------------
+
+KERNELS = ("splash", "cudnn")
+# Splash cuts rows of 512 into tiles of 128
+KERNEL_ROWS = [[512], [128, 256, 128], [8] * 64, [127, 130, 3]]
+
+
+@pytest.mark.parametrize(("N", "K", "H"), [(4, 2, 64), (3, 1, 128)], ids=["H=64", "H=128"])
+@pytest.mark.parametrize("backend", KERNELS)
+def test_each_document_is_as_if_alone_in_a_kernel(
+    backend: Backend, N: int, K: int, H: int, monkeypatch: pytest.MonkeyPatch
+):
+    kernels.emulate(backend, monkeypatch)
+    check(512, KERNEL_ROWS, N, K, H, Attention(backend=backend, segments=64))
+
+
+@pytest.mark.parametrize("shards", [2, 4])
+def test_shards_of_a_row_together_are_the_row(shards: int, monkeypatch: pytest.MonkeyPatch):
+    """What each device of the context axis computes with splash, one after another on this one."""
+    kernels.emulate("splash", monkeypatch)
+    S, lengths = 256 * shards, [256 * shards - 150, 128]
+    q, k, v, d_out = (jnp.asarray(x) for x in draw(1, S, 2, 1, 64))
+    ids, order = jnp.asarray(segment_ids([lengths], S)), query_order(S, shards)
+    mask = (ids != PADDING)[:, :, None, None]
+
+    def in_shards(q: Array, k: Array, v: Array) -> Array:
+        parts = [splash.attend(q[:, order[i].ravel()], k, v, ids, order, i) for i in range(shards)]
+        return jnp.concatenate(parts, axis=1)[:, np.argsort(order.ravel())]
+
+    with jax.default_matmul_precision("highest"):
+        expected, back = jax.vjp(lambda q, k, v: plain(q, k, v, ids) * mask, q, k, v)
+        found, back_in_shards = jax.vjp(lambda *qkv: jax.jit(in_shards)(*qkv) * mask, q, k, v)
+        np.testing.assert_allclose(found, expected, atol=2e-6)
+        tiny.assert_trees_close(back_in_shards(d_out), back(d_out), 2e-6)
+
+
+def count(primitive: str, jaxpr: Any) -> int:
+    """How often operations whose name begins so stand in a program."""
+    found = 0
+    for equation in jaxpr.eqns:
+        found += equation.primitive.name.startswith(primitive)
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            found += count(primitive, inner) if hasattr(inner, "eqns") else 0
+    return found
+
+
+@pytest.mark.parametrize(("backend", "kernel"), [("splash", "pallas_call"), ("cudnn", "dot_product_attention")])
+def test_saved_output_spares_the_forward_kernel(backend: Backend, kernel: str):
+    """By name, and with it what else the backward pass needs; otherwise the kernel would run twice."""
+    if backend == "splash":
+        kernels.require("tokamax")
+    q, k, v, _ = draw(1, 512, 4, 2, 64)
+    segments = segment_ids([[300, 212]], 512)
+    with tiny.mesh():
+        q, k, v, segments = (sharding.put(x, "BTNH"[: x.ndim]) for x in (q, k, v, segments))
+
+        def layer(x: Array, scale: Array) -> tuple[Array, None]:
+            return packed_attention(x * scale, k, v, segments, Attention(backend=backend)), None
+
+        def kernels_run(remat: decoder.Remat) -> int:
+            loss = lambda q: jnp.sum(decoder._remat(layer, remat)(q, jnp.float32(2))[0])  # noqa: E731
+            return count(kernel, jax.make_jaxpr(jax.grad(loss))(q).jaxpr)
+
+        assert kernels_run("full") == 3
+        assert kernels_run("matmuls") == 2
+
+
+def test_documents_in_the_memory_of_a_batch():
+    ids = jnp.asarray([[1, 1, 2, 0], [1, 2, 2, 2], [0, 0, 0, 0]])
+    lengths, starts = cudnn.documents(ids, 3)
+    np.testing.assert_array_equal(lengths, [[2, 1, 1], [1, 3, 4], [0, 0, 0]])
+    np.testing.assert_array_equal(starts, [[0, 2, 3, 4], [5, 8, 12, 12], [12, 12, 12, 12]])
+    lengths, starts = cudnn.documents(jnp.asarray([[1, 2, 3, 0]]), 4)
+    np.testing.assert_array_equal(lengths, [[1, 1, 1, 1]])
+    np.testing.assert_array_equal(starts, [[0, 1, 2, 3, 4]])

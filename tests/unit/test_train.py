@@ -170,6 +170,21 @@ def test_documents_longer_than_a_row_leave_a_receipt(tmp_path: Path, model: Path
     assert receipt["tokens"] > receipt["row_tokens"] == 128
 
 
+def test_attention_plans_for_the_documents_of_the_fullest_row(tmp_path: Path, model: Path, examples: Path):
+    config = small(tmp_path / "run", model, examples)
+    with jax.set_mesh(config.mesh.build()):
+        run = train.Run(config)
+    fullest = max(row.segments.max() for row, _ in (run.stages[0].rows[i] for i in range(len(run.stages[0].rows))))
+    assert run.attention.segments == fullest + 1, "one more for the padding"
+
+
+def test_attention_that_this_machine_cannot_compute(tmp_path: Path, model: Path, examples: Path):
+    config = small(tmp_path / "run", model, examples, step=StepConfig(attention="splash"))
+    with pytest.raises(UserError, match=r"step.attention splash: splash runs on TPUs, found cpu; .*here: blockwise"):
+        train.main(config)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_loss_that_is_not_finite_stops_the_run(
     what: str, tmp_path: Path, model: Path, examples: Path, monkeypatch: pytest.MonkeyPatch

@@ -1,10 +1,26 @@
 """Attention over packed rows: one entry, context parallelism around it, and a file per backend."""
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from jaxtyping import Array
 
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]  # q, k, v -> output and what is kept
 
 OUTPUT_NAME = "attention_output"  # remat policies save it, and what the backward pass needs beside it, by this name
+
+Backend = Literal["splash", "cudnn", "blockwise"]
+ContextParallelism = Literal["all_gather", "ulysses"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Attention:
+    """How attention is computed; all ways give the same numbers, up to rounding."""
+
+    backend: Backend = "blockwise"  # which runs on every platform; backends.choose knows the one that is fast
+    context: ContextParallelism = "all_gather"  # what moves where rows are split over mesh.context
+    segments: int = 64  # documents of a row at most, its padding counted as one; memory of cudnn grows with it
+
+
+REFERENCE = Attention()

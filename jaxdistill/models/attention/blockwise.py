@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
@@ -20,13 +21,17 @@ def attend(
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
     segments: Int[Array, "B S"],
-    rows: Int[Array, "c t"],
+    order: Int[np.ndarray, "R c t"],
+    shard: int | Int[Array, ""],
 ) -> Float[Array, "B T N H"]:
     """Attention of one device's queries; time grows with what the documents need, and not with the row.
 
     Args:
-      rows: the positions of the queries among the keys, T = c t: c stretches of consecutive ones.
+      order: the positions among the keys of the queries that each of R devices holds, T = c t: c stretches of
+        consecutive ones.
+      shard: which of those devices this is.
     """
+    rows = jnp.asarray(order)[shard]
     S, chunks, T = k.shape[1], *rows.shape
     query_block = min(T, _QUERY_BLOCK)
     key_block = min(S, _KEY_BLOCK if S >= 8 * _QUERY_BLOCK else _QUERY_BLOCK)

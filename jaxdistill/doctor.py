@@ -1,0 +1,46 @@
+"""`jaxdistill doctor`: the versions and devices that jax finds on this machine, and which attention runs on them."""
+
+import dataclasses
+import os
+from typing import Any, get_args
+
+import jax
+
+from jaxdistill import manifest
+from jaxdistill.errors import RunError
+from jaxdistill.models.attention import Backend, backends
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DoctorConfig:
+    """What works on this machine. There is nothing to set."""
+
+
+def main(config: DoctorConfig) -> None:
+    """Prints what it finds.
+
+    Raises:
+      RunError: jax finds no device; the versions were printed before.
+    """
+    for package, version in manifest.versions().items():
+        print(f"{package:20} {version}")
+    try:
+        devices = jax.local_devices()
+    except (RuntimeError, AssertionError) as error:  # the second where JAX_PLATFORMS names one whose library fails
+        raise RunError(f"jax finds no device {error}; set JAX_PLATFORMS=cpu to run without one") from error
+    print(f"\n{len(devices)} x {devices[0].device_kind} ({devices[0].platform}), {_memory(devices[0])}\n")
+    own = backends.choose(None, devices[0].platform)
+    for backend in get_args(Backend):
+        reason = backends.unavailable(backend, devices[0])
+        state = f"not available: {reason}" if reason else f"available{', the default here' * (backend == own)}"
+        print(f"step.attention {backend:10} {state}")
+    if not backends.unavailable(own, devices[0]):
+        print(f"\nattention here: {backends.describe(own)}")
+
+
+def _memory(device: Any) -> str:
+    """GiB that programs can use on a device, or that the host has where the device does not say."""
+    stats = device.memory_stats()
+    if stats and "bytes_limit" in stats:
+        return f"{stats['bytes_limit'] / 2**30:.1f} GiB each"
+    return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB of host memory"
