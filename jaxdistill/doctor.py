@@ -29,12 +29,12 @@ def main(config: DoctorConfig) -> None:
     except (RuntimeError, AssertionError) as error:  # the second where JAX_PLATFORMS names one whose library fails
         raise RunError(f"jax finds no device {error}; set JAX_PLATFORMS=cpu to run without one") from error
     print(f"\n{len(devices)} x {devices[0].device_kind} ({devices[0].platform}), {_memory(devices[0])}\n")
-    own = backends.choose(None, devices[0].platform)
+    own = backends.OWN.get(devices[0].platform)
     for backend in get_args(Backend):
         reason = backends.unavailable(backend, devices[0])
         state = f"not available: {reason}" if reason else f"available{', the default here' * (backend == own)}"
         print(f"step.attention {backend:10} {state}")
-    if not backends.unavailable(own, devices[0]):
+    if own and not backends.unavailable(own, devices[0]):
         print(f"\nattention here: {backends.describe(own)}")
 
 

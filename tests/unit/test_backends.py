@@ -13,6 +13,7 @@ from jaxdistill.models.attention import Attention, Backend, ContextParallelism, 
 
 TPU = SimpleNamespace(platform="tpu", device_kind="TPU v5p")
 H100 = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 80GB HBM3", compute_capability="9.0")
+MI300 = SimpleNamespace(platform="gpu", device_kind="AMD Instinct MI300X", compute_capability="gfx942")
 A100 = SimpleNamespace(platform="gpu", device_kind="NVIDIA A100", compute_capability="8.0")
 CPU = SimpleNamespace(platform="cpu", device_kind="cpu")
 
@@ -26,9 +27,12 @@ def _everything_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_each_platform_has_its_own():
     assert [backends.choose(None, platform) for platform in ("tpu", "gpu", "cpu")] == ["splash", "cudnn", "blockwise"]
     assert backends.choose("blockwise", "tpu") == "blockwise"
+    assert backends.choose("blockwise", "METAL") == "blockwise"
+    with pytest.raises(UserError, match=r"platform 'METAL', but for tpu, gpu, cpu; set step.attention blockwise"):
+        backends.choose(None, "METAL")
 
 
-@pytest.mark.parametrize("device", [TPU, H100, A100, CPU], ids=lambda device: device.device_kind)
+@pytest.mark.parametrize("device", [TPU, H100, A100, MI300, CPU], ids=lambda device: device.device_kind)
 def test_what_is_available(device: Any):
     available = [b for b in ("splash", "cudnn", "blockwise") if backends.unavailable(b, device) is None]
     assert available == [b for b, kind in (("splash", TPU), ("cudnn", H100)) if kind is device] + ["blockwise"]

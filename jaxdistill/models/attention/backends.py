@@ -1,6 +1,7 @@
 """Which backend computes attention: each platform's own, and why another, or this one, cannot."""
 
 import importlib.metadata
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any, get_args
@@ -11,7 +12,7 @@ from jaxdistill.errors import UserError
 from jaxdistill.models.attention import Attention, Backend, cudnn, splash
 from jaxdistill.models.config import Config
 
-_OWN: Mapping[str, Backend] = {"tpu": "splash", "gpu": "cudnn", "cpu": "blockwise"}
+OWN: Mapping[str, Backend] = {"tpu": "splash", "gpu": "cudnn", "cpu": "blockwise"}
 _CUDNN_VERSION = 90_600  # 9.6.0, the first that takes packed sequences (jax's tests/fused_attention_stablehlo_test.py)
 
 
@@ -20,8 +21,16 @@ def choose(asked: Backend | None, platform: str) -> Backend:
 
     Args:
       platform: of a device, as jax names it; the device may be one that a program is only compiled for.
+
+    Raises:
+      UserError: none was asked for on a platform that has none of its own.
     """
-    return asked or _OWN.get(platform, "blockwise")
+    if asked is None and platform not in OWN:
+        raise UserError(
+            f"no attention is made for the platform {platform!r}, but for {', '.join(OWN)}; set step.attention "
+            "blockwise, which runs everywhere, if slowly"
+        )
+    return asked or OWN[platform]
 
 
 def unavailable(backend: Backend, device: Any) -> str | None:
@@ -40,8 +49,9 @@ def unavailable(backend: Backend, device: Any) -> str | None:
     if backend == "cudnn":
         if device.platform != "gpu":
             return f"cudnn runs on NVIDIA GPUs, found {device.device_kind}"
-        if float(device.compute_capability) < 9.0:
-            return f"cudnn packs documents from compute capability 9.0 (H100) on, found {device.compute_capability}"
+        capability = str(device.compute_capability)  # of AMD's GPUs a name, as gfx942
+        if not re.fullmatch(r"\d+\.\d+", capability) or float(capability) < 9.0:
+            return f"cudnn packs documents from compute capability 9.0 (H100) on, found {capability}"
         found = cudnn_version()
         if found is None or found < _CUDNN_VERSION:
             return f"cudnn needs cuDNN {_CUDNN_VERSION} or newer, found {found}: pip install -U -e .[cuda13]"

@@ -88,7 +88,8 @@ def _block(length: int, stretch: int) -> int:
     """Positions on a side of a tile, for rows of a length whose queries stand in stretches of consecutive ones.
 
     A row has at least four blocks of keys. With fewer than three, 0.0.12's backward pass reads the sums that one query
-    head leaves to the next of its group before they are written; 0.0.17 tells of it and works around it.
+    head leaves to the next of its group before they are written, without an error (with one, gradients of keys are off
+    by 72% in a simulated TPU); 0.0.17 tells of it and works around it.
     """
     return min(_BLOCK, length // 4, stretch)
 
