@@ -8,11 +8,12 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from jaxdistill import models, weights
+from jaxdistill.models import embedding
 from jaxdistill.models.attention import OUTPUT_NAME
 from jaxdistill.models.attention.packed import ContextParallelism, packed_attention
 from jaxdistill.models.config import Config
 from jaxdistill.models.layers import rms_norm, rope_angles
-from jaxdistill.sharding import einsum, gather, spec
+from jaxdistill.sharding import einsum, gather
 from jaxdistill.weights import Weight, ones, weight
 
 Remat = Literal["full", "matmuls", "none"]
@@ -37,16 +38,6 @@ def template(c: Config) -> Params:
 def head(params: Params) -> Weight:
     """The [V, D] matrix that turns hidden states into logits."""
     return params.embed if params.unembed is None else params.unembed
-
-
-def embed(params: Params, tokens: Int[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
-    """Token embeddings. The table is gathered first: a lookup cannot cross shards of the vocabulary.
-
-    Rows are cast after the lookup, so that a token's gradients are added up in the table's float32: thousands of
-    bfloat16 additions to one row lose most of what they add.
-    """
-    table = jax.sharding.reshard(params.embed, jax.P(None, None))
-    return table.at[tokens].get(out_sharding=spec("BTD")).astype(dtype)
 
 
 def hidden(
@@ -76,7 +67,7 @@ def hidden(
     def layer(x, w):
         return block(x, w, angles, lambda q, k, v: (packed_attention(q, k, v, segments, context), None), c)
 
-    x = embed(params, tokens, dtype)
+    x = embedding.lookup(params.embed, tokens, dtype)
     if noise is not None:
         x += noise
     x, _ = jax.lax.scan(_remat(layer, remat), x, params.blocks)
