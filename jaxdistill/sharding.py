@@ -86,10 +86,11 @@ def relayout(x: jax.Array, dims: str) -> jax.Array:
 def gather(weight: jax.Array, dims: str, dtype: Any) -> jax.Array:
     """A stored weight in compute layout: cast first, so that half the bytes travel, then gathered over fsdp.
 
-    The result is marked `reduced`, which makes its gradient arrive as per-device partial sums that go straight
-    into the storage layout (a reduce-scatter) instead of being all-reduced first.
+    The results are marked `reduced`, which makes the gradient arrive as per-device partial sums. On its way back it is
+    reduce-scattered over fsdp, and only then, in storage layout, all-reduced over the other axes with other tokens.
     """
-    return jax.sharding.reshard(weight.astype(dtype), jax.P(*(COMPUTE.get(d) for d in dims), reduced=TOKEN_AXES))
+    stored = jax.sharding.reshard(weight.astype(dtype), jax.P(*spec(dims, STORAGE), reduced=TOKEN_AXES - {"fsdp"}))
+    return jax.sharding.reshard(stored, jax.P(*spec(dims), reduced=TOKEN_AXES))
 
 
 def replicate(x: jax.Array) -> jax.Array:
