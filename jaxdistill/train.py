@@ -137,10 +137,12 @@ class Run:
         mesh = dict(jax.sharding.get_mesh().shape)
         check_mesh_rows(mesh, config.batch_rows // config.step.accumulate, config.row_tokens)
         self.template = decoder.template(self.c)
-        sharding.check_divisible(self.c.sizes(), mesh, sharding.STORAGE)
+        sharding.check_divisible(self.c.sizes(), mesh)
         packed.check(self.c.heads, self.c.kv_heads, mesh, config.step.context)
         self.tokenizer = chat.load_tokenizer(self.base)
         self.console = console or Console(stderr=True)
+        if jax.default_backend() == "tpu" and (warning := sharding.narrow_parts(self.c.sizes(), mesh)):
+            self.console.print(f"[yellow]{warning}[/yellow]")
         self.peak, self.peak_source = metrics.peak_flops(jnp.dtype(config.step.compute_dtype))
         lost = [str(phase.examples) for phase in config.phases if not phase.examples.is_file()]
         if lost:

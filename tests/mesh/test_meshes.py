@@ -206,7 +206,7 @@ def test_mesh_that_does_not_fit_the_devices(sizes: dict[str, int], message: str)
 def test_mesh_that_does_not_fit_the_model():
     c = tiny.config("llama", num_attention_heads=4, vocab_size=100)
     with pytest.raises(UserError, match=r"V = 100 is not a multiple of 8 .*N = 4 .*K = 2 "):
-        sharding.check_divisible(c.sizes(), MeshConfig(tensor=8).sizes(), sharding.STORAGE)
+        sharding.check_divisible(c.sizes(), MeshConfig(tensor=8).sizes())
 
 
 def test_rows_that_the_mesh_cannot_split():

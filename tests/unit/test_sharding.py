@@ -59,12 +59,21 @@ def test_gradient_of_a_gathered_weight_is_scattered_over_fsdp_before_it_is_reduc
 def test_misfits_are_named_together():
     sizes = {"V": 10, "D": 16, "N": 3, "H": 7}
     with pytest.raises(UserError) as caught:
-        sharding.check_divisible(sizes, tiny.ONE_DEVICE | {"fsdp": 4, "tensor": 2}, sharding.STORAGE)
+        sharding.check_divisible(sizes, tiny.ONE_DEVICE | {"fsdp": 4, "tensor": 2})
     assert "N = 3 is not a multiple of 2 (tensor)" in str(caught.value)
     assert "V" not in str(caught.value).split("fit:")[1].split("(letters")[0]
-    with pytest.raises(UserError, match=r"B = 6 is not a multiple of 8"):
-        sharding.check_divisible({"B": 6}, tiny.ONE_DEVICE | {"data": 2, "fsdp": 4}, sharding.COMPUTE)
-    sharding.check_divisible(sizes, tiny.ONE_DEVICE, sharding.STORAGE)
+    sharding.check_divisible(sizes, tiny.ONE_DEVICE)
+
+
+def test_parts_too_narrow_for_a_tpu():
+    sizes = {"V": 152064, "D": 8192, "F": 29568}
+    for fsdp in (1, 64):
+        assert sharding.narrow_parts(sizes, tiny.ONE_DEVICE | {"fsdp": fsdp, "tensor": 4}) is None
+    warning = sharding.narrow_parts(sizes, tiny.ONE_DEVICE | {"fsdp": 256})
+    assert warning is not None
+    assert warning.startswith("mesh.fsdp 256 leaves 32 of D = 8192 on a device;")
+    assert "With mesh.fsdp 64 or less" in warning
+    assert sharding.narrow_parts({"D": 64}, tiny.ONE_DEVICE) is None, "nothing is gathered"
 
 
 @pytest.mark.parametrize("shards", [1, 2, 4])
