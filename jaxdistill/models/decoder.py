@@ -1,6 +1,6 @@
 """The decoder around the blocks: embedding, the scan over layers, final norm, head."""
 
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +9,12 @@ from jaxtyping import Array, Float, Int
 
 from jaxdistill import models, weights
 from jaxdistill.models import embedding
-from jaxdistill.models.attention import OUTPUT_NAME
 from jaxdistill.models.attention.packed import ContextParallelism, packed_attention
 from jaxdistill.models.config import Config
 from jaxdistill.models.layers import rms_norm, rope_angles
+from jaxdistill.models.remat import Remat, saving
 from jaxdistill.sharding import einsum, gather
 from jaxdistill.weights import Weight, ones, weight
-
-Remat = Literal["full", "matmuls", "none"]
 
 
 @struct.dataclass
@@ -56,8 +54,7 @@ def hidden(
     Args:
       positions: from 0 within each document.
       segments: the document each position belongs to; attention never crosses documents. 0 is padding.
-      remat: what the backward pass finds saved: "full" only each layer's input, "matmuls" also the results of the
-        projections and of attention, "none" everything.
+      remat: what the backward pass finds saved.
       noise: added to the embeddings (NEFTune).
       context: how attention crosses the context axis.
     """
@@ -70,21 +67,8 @@ def hidden(
     x = embedding.lookup(params.embed, tokens, dtype)
     if noise is not None:
         x += noise
-    x, _ = jax.lax.scan(_remat(layer, remat), x, params.blocks)
+    x, _ = jax.lax.scan(saving(remat, layer), x, params.blocks)
     return rms_norm(x, params.final_norm, c.norm_eps)
-
-
-def _remat(layer: Any, policy: Remat) -> Any:
-    if policy == "none":
-        return layer
-    policies = jax.checkpoint_policies
-    saved = {
-        "full": policies.nothing_saveable,
-        "matmuls": policies.save_from_both_policies(
-            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(OUTPUT_NAME)
-        ),
-    }[policy]
-    return jax.checkpoint(layer, policy=saved)
 
 
 def logits(params: Params, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:

@@ -121,11 +121,11 @@ def test_ulysses_that_does_not_come_out_even():
         packed.check(12, 6, mesh, "ulysses")
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
-def test_other_families_equal_one_device(model_type: str, on_one_device: Any):
+@pytest.mark.parametrize(("model_type", "remat"), [("llama", "matmuls"), ("qwen3", "attention"), ("qwen3", "offload")])
+def test_other_families_equal_one_device(model_type: str, remat: decoder.Remat, on_one_device: Any):
     c = architecture(model_type, 2)
     expected, expected_gradients = on_one_device(c)
-    found, gradients = loss_and_gradients(c, "matmuls", {"fsdp": 2, "context": 2, "tensor": 2})
+    found, gradients = loss_and_gradients(c, remat, {"fsdp": 2, "context": 2, "tensor": 2})
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     tiny.assert_trees_close(gradients, expected_gradients, 1e-5)
 
