@@ -27,7 +27,16 @@ from jaxdistill.models.context import ContextExtension
 from jaxdistill.optim import OptimConfig
 from jaxdistill.progress import Progress
 from jaxdistill.sharding import MeshConfig
-from jaxdistill.train_step import State, StepConfig, make_heldout_loss, make_step, new_state, place
+from jaxdistill.train_step import (
+    State,
+    StepConfig,
+    abstract_state,
+    check_memory,
+    make_heldout_loss,
+    make_step,
+    new_state,
+    place,
+)
 
 _COLUMNS = (
     TextColumn("{task.description}"),
@@ -139,6 +148,7 @@ class Run:
         self.template = decoder.template(self.c)
         sharding.check_divisible(self.c.sizes(), mesh)
         packed.check(self.c.heads, self.c.kv_heads, mesh, config.step.context)
+        check_memory(config.step, {memory.kind for memory in jax.local_devices()[0].addressable_memories()})
         self.tokenizer = chat.load_tokenizer(self.base)
         self.console = console or Console(stderr=True)
         if jax.default_backend() == "tpu" and (warning := sharding.narrow_parts(self.c.sizes(), mesh)):
@@ -230,15 +240,15 @@ class Run:
         log: metrics.MetricsLog,
     ) -> State:
         """The newest checkpoint's state, with the input moved to its place; or a new state from `model`."""
-        newest, average = checkpoints.latest_step, stage.phase.optim.average_decay > 0
+        newest, dtype = checkpoints.latest_step, jnp.dtype(stage.phase.optim.state_dtype)
+        average, offload = stage.phase.optim.average_decay > 0, self.config.step.offload_moments
         if newest is None:
-            params, _ = load_model(model)
-            state = new_state(params, stage.optimizer, self.config.seed, average)
+            params, _ = load_model(model, dtype=dtype)
+            state = new_state(params, stage.optimizer, self.config.seed, average, offload)
             self._log_heldout(0, state.params, log)
             return state
-        like = weights.abstract(self.template)
-        abstract = jax.eval_shape(lambda p: new_state(p, stage.optimizer, self.config.seed, average), like)
-        state, stored = checkpoints.restore(newest, weights.on_mesh(abstract))
+        like = abstract_state(self.template, stage.optimizer, dtype, average, offload)
+        state, stored = checkpoints.restore(newest, like)
         batches.set_state(stored["position"])
         self.console.print(f"resumed from step {newest}")
         return state

@@ -48,8 +48,7 @@ def step(
     sizes, dump = tiny.ONE_DEVICE | request.param, tmp_path_factory.mktemp("hlo")
     with tiny.mesh(**sizes):
         optimizer = optim.make(optim.OptimConfig(), 2, decoder.template(C))
-        like = weights.abstract(decoder.template(C))
-        state = weights.on_mesh(jax.eval_shape(lambda p: train_step.new_state(p, optimizer, 0), like))
+        state = train_step.abstract_state(decoder.template(C), optimizer, "float32")
         batch = train_step.place(tiny.packed([T - 1] * ROWS, C.vocab, ROWS, T), 1)
         program: Any = train_step.make_step(train_step.StepConfig(compute_dtype="bfloat16"), C, optimizer)
         options: dict[str, Any] = {"xla_dump_to": str(dump), "xla_dump_hlo_pass_re": "spmd-partitioning"}
