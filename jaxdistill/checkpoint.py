@@ -166,7 +166,7 @@ def load_model(model: Path, step: int | None = None, dtype: Any = np.float32) ->
     config, _ = hf.read_config(base_of(model))
     with ocp.CheckpointManager((model / _FOLDER).absolute()) as manager:
         step = _whole_step(manager, model, step)
-        sharding.check_divisible(config.sizes(), dict(jax.sharding.get_mesh().shape), sharding.STORAGE)
+        sharding.check_divisible(config.sizes(), dict(jax.sharding.get_mesh().shape))
         result = _read_input(manager, step).get(
             "result", "params"
         )  # the name of the weights, or of their average, in the state

@@ -124,7 +124,7 @@ def load(folder: Path, dtype: Any = np.float32) -> tuple[decoder.Params, Config]
       dtype: of the weights in memory; float32 holds bfloat16 and float16 checkpoints exactly.
     """
     config, _ = read_config(folder)
-    sharding.check_divisible(config.sizes(), dict(jax.sharding.get_mesh().shape), sharding.STORAGE)
+    sharding.check_divisible(config.sizes(), dict(jax.sharding.get_mesh().shape))
     template = decoder.template(config)
     with Tensors(folder) as tensors:
         check(template, tensors.shapes(), str(folder))

@@ -36,7 +36,7 @@ def _forward(x: Array, w: Array, targets: Array, weights: Array) -> tuple[Array,
 
 def _backward(residuals: tuple[Array, Array, Array], g: Array) -> tuple[Array, Array, Any, None]:
     dx, dw, targets = residuals
-    return (dx * g).astype(dx.dtype), dw * g, np.zeros(targets.shape, jax.dtypes.float0), None
+    return (dx * g).astype(dx.dtype), (dw * g).astype(dw.dtype), np.zeros(targets.shape, jax.dtypes.float0), None
 
 
 cross_entropy_sum.defvjp(_forward, _backward)

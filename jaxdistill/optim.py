@@ -33,6 +33,7 @@ class OptimConfig:
     weight_decay: float = 0.0  # on matrices; norm scales and biases are left alone
     no_decay: tuple[str, ...] = ()  # Hugging Face names left alone too, with wildcards: "model.embed_tokens.*"
     clip_norm: float = 1.0  # largest global gradient norm
+    state_dtype: Literal["float32", "bfloat16"] = "float32"  # of weights and moments; bfloat16: rounded stochastically
     average_decay: float = 0.0  # of a moving average of the weights, which the phase then hands on (EMA); 0 is none
 
     def __post_init__(self):

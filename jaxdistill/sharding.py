@@ -1,7 +1,6 @@
 """The mesh, and the tables that say which tensor dimension lives on which mesh axis. Legend: docs/shapes.md."""
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +13,8 @@ from jax.sharding import AxisType
 from jaxdistill.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
+_LANES = 128  # elements in a row of a TPU's vector registers
+HOST_MEMORY = "pinned_host"  # jax's name for memory of the host that devices read and write by themselves
 MeshAxes = str | tuple[str, ...] | None
 
 
@@ -63,7 +64,7 @@ class MeshConfig:
 
 
 # A letter that is absent from a table is replicated.
-STORAGE: Mapping[str, MeshAxes] = {"V": "tensor", "D": "fsdp", "F": "tensor", "N": "tensor", "K": "tensor"}
+STORAGE: Mapping[str, str] = {"V": "tensor", "D": "fsdp", "F": "tensor", "N": "tensor", "K": "tensor"}
 COMPUTE: Mapping[str, MeshAxes] = {
     "B": ("data", "fsdp"),
     "T": "context",
@@ -94,10 +95,11 @@ def relayout(x: jax.Array, dims: str) -> jax.Array:
 def gather(weight: jax.Array, dims: str, dtype: Any) -> jax.Array:
     """A stored weight in compute layout: cast first, so that half the bytes travel, then gathered over fsdp.
 
-    The result is marked `reduced`, which makes its gradient arrive as per-device partial sums that go straight
-    into the storage layout (a reduce-scatter) instead of being all-reduced first.
+    The results are marked `reduced`, which makes the gradient arrive as per-device partial sums. On its way back it is
+    reduce-scattered over fsdp, and only then, in storage layout, all-reduced over the other axes with other tokens.
     """
-    return jax.sharding.reshard(weight.astype(dtype), jax.P(*(COMPUTE.get(d) for d in dims), reduced=TOKEN_AXES))
+    stored = jax.sharding.reshard(weight.astype(dtype), jax.P(*spec(dims, STORAGE), reduced=TOKEN_AXES - {"fsdp"}))
+    return jax.sharding.reshard(stored, jax.P(*spec(dims), reduced=TOKEN_AXES))
 
 
 def replicate(x: jax.Array) -> jax.Array:
@@ -105,20 +107,35 @@ def replicate(x: jax.Array) -> jax.Array:
     return jax.sharding.reshard(x, jax.P())
 
 
-def check_divisible(sizes: Mapping[str, int], mesh: Mapping[str, int], table: Mapping[str, MeshAxes]) -> None:
-    """Refuses a mesh that would split a dimension unevenly, naming every such dimension at once.
+def check_divisible(sizes: Mapping[str, int], mesh: Mapping[str, int]) -> None:
+    """Refuses a mesh that would split a dimension of a weight unevenly, naming every such dimension at once.
 
     Raises:
       UserError: a size is not a multiple of the devices it is split over.
     """
-    problems = []
-    for letter, size in sizes.items():
-        axes = table.get(letter) or ()
-        ways = math.prod(mesh[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
-        if size % ways:
-            problems.append(f"{letter} = {size} is not a multiple of {ways} ({axes})")
+    problems = [
+        f"{letter} = {size} is not a multiple of {mesh[axis]} ({axis})"
+        for letter, size in sizes.items()
+        if (axis := STORAGE.get(letter)) and size % mesh[axis]
+    ]
     if problems:
         raise UserError(f"the mesh {dict(mesh)} does not fit: {'; '.join(problems)} (letters: docs/shapes.md)")
+
+
+def narrow_parts(sizes: Mapping[str, int], mesh: Mapping[str, int]) -> str | None:
+    """What to know before TPUs run: parts of D below a vector register's 128 lanes are not gathered but all-reduced.
+
+    Seen in programs compiled for v5p: the compiler pads each part to the whole weight and adds the parts up, twice the
+    bytes of a gather. D alone is gathered; other dimensions are computed where they are stored.
+    """
+    part = sizes["D"] // mesh["fsdp"]
+    if mesh["fsdp"] == 1 or part >= _LANES:
+        return None
+    return (
+        f"mesh.fsdp {mesh['fsdp']} leaves {part} of D = {sizes['D']} on a device; TPUs gather weights in parts below "
+        f"{_LANES} by all-reduce, at twice the bytes. With mesh.fsdp {max(1, sizes['D'] // _LANES)} or less, and the "
+        "devices it frees in mesh.data, mesh.context or mesh.tensor, they would not"
+    )
 
 
 def row_order(length: int, shards: int) -> np.ndarray:

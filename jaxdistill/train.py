@@ -28,7 +28,16 @@ from jaxdistill.models.context import ContextExtension
 from jaxdistill.optim import OptimConfig
 from jaxdistill.progress import Progress
 from jaxdistill.sharding import MeshConfig
-from jaxdistill.train_step import State, StepConfig, make_heldout_loss, make_step, new_state, place
+from jaxdistill.train_step import (
+    State,
+    StepConfig,
+    abstract_state,
+    check_memory,
+    make_heldout_loss,
+    make_step,
+    new_state,
+    place,
+)
 
 _COLUMNS = (
     TextColumn("{task.description}"),
@@ -113,7 +122,7 @@ def check_fits(config: TrainConfig, c: Config, mesh: Mapping[str, int], device: 
     chunks = 2 * mesh["context"] if mesh["context"] > 1 else 1  # sharding.row_order
     if config.row_tokens % chunks:
         raise UserError(f"row_tokens {config.row_tokens} is not a multiple of twice mesh.context {mesh['context']}")
-    sharding.check_divisible(c.sizes(), mesh, sharding.STORAGE)
+    sharding.check_divisible(c.sizes(), mesh)
     step = config.step
     attention = Attention(backend=backends.choose(step.attention, device.platform), context=step.context)
     backends.check(attention, c, mesh, rows, config.row_tokens, step.compute_dtype, device)
@@ -155,8 +164,11 @@ class Run:
         mesh = jax.sharding.get_mesh()
         attention = check_fits(config, self.c, dict(mesh.shape), mesh.devices.flat[0])
         self.template = decoder.template(self.c)
+        check_memory(config.step, {memory.kind for memory in jax.local_devices()[0].addressable_memories()})
         self.tokenizer = chat.load_tokenizer(self.base)
         self.console = console or Console(stderr=True)
+        if jax.default_backend() == "tpu" and (warning := sharding.narrow_parts(self.c.sizes(), dict(mesh.shape))):
+            self.console.print(f"[yellow]{warning}[/yellow]")
         self.peak, self.peak_source = metrics.peak_flops(jnp.dtype(config.step.compute_dtype))
         lost = [str(phase.examples) for phase in config.phases if not phase.examples.is_file()]
         if lost:
@@ -248,15 +260,15 @@ class Run:
         log: metrics.MetricsLog,
     ) -> State:
         """The newest checkpoint's state, with the input moved to its place; or a new state from `model`."""
-        newest, average = checkpoints.latest_step, stage.phase.optim.average_decay > 0
+        newest, dtype = checkpoints.latest_step, jnp.dtype(stage.phase.optim.state_dtype)
+        average, offload = stage.phase.optim.average_decay > 0, self.config.step.offload_moments
         if newest is None:
-            params, _ = load_model(model)
-            state = new_state(params, stage.optimizer, self.config.seed, average)
+            params, _ = load_model(model, dtype=dtype)
+            state = new_state(params, stage.optimizer, self.config.seed, average, offload)
             self._log_heldout(0, state.params, log)
             return state
-        like = weights.abstract(self.template)
-        abstract = jax.eval_shape(lambda p: new_state(p, stage.optimizer, self.config.seed, average), like)
-        state, stored = checkpoints.restore(newest, weights.on_mesh(abstract))
+        like = abstract_state(self.template, stage.optimizer, dtype, average, offload)
+        state, stored = checkpoints.restore(newest, like)
         batches.set_state(stored["position"])
         self.console.print(f"resumed from step {newest}")
         return state

@@ -1,7 +1,7 @@
 """One optimizer step on packed rows: the state it carries, its loss, and the accumulation that does not change it."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Literal
 
 import jax
@@ -10,13 +10,16 @@ import optax
 from flax import struct
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from jaxdistill import sharding
+from jaxdistill import optim_state, sharding, weights
 from jaxdistill.data.packing import Batch
 from jaxdistill.errors import UserError
 from jaxdistill.loss import cross_entropy_sum
 from jaxdistill.models import decoder
 from jaxdistill.models.attention import REFERENCE, Attention, Backend, ContextParallelism
 from jaxdistill.models.config import Config
+from jaxdistill.sharding import HOST_MEMORY
+
+_ROUNDING = 2**31 - 1  # folded into a step's key; pieces of a batch fold in their numbers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,10 +27,11 @@ class StepConfig:
     """How a step is computed; apart from the noise and rounding, none of it changes the result."""
 
     accumulate: int = 1  # pieces a batch is worked off in, to save memory
-    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of activations; weights and moments are float32
+    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of activations; of weights: optim.state_dtype
     remat: decoder.Remat = "full"  # what the backward pass finds saved
     attention: Backend | None = None  # by default splash on TPUs, cudnn on GPUs, blockwise on CPUs
     context: ContextParallelism = "all_gather"  # how attention crosses mesh.context; ulysses within a node of GPUs
+    offload_moments: bool = False  # the optimizer's state waits in the host's memory between updates
     neftune_alpha: float = 0.0  # noise on the embeddings (arXiv 2310.05914); 0 is none
 
     def __post_init__(self):
@@ -57,13 +61,50 @@ class State:
 
 
 def new_state(
-    params: decoder.Params, optimizer: optax.GradientTransformation, seed: int, average: bool = False
+    params: decoder.Params,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    average: bool = False,
+    offload_moments: bool = False,
 ) -> State:
-    """The state before the first step; every array is on the mesh, replicated where it is not a weight."""
+    """The state before the first step; every array is on the mesh, replicated where it is not a weight.
+
+    The average is float32 whatever the weights are: what a step adds to it is smaller still than what it adds to them.
+    """
     step, key = sharding.replicate(jnp.zeros((), jnp.int32)), sharding.replicate(jax.random.key(seed))
-    opt_state = jax.jit(optimizer.init)(params)
-    copy = jax.tree.map(jnp.copy, params) if average else None
+    opt_state = optim_state.init(optimizer, params, on_host=offload_moments)
+    copy = jax.tree.map(lambda w: jnp.array(w, jnp.float32), params) if average else None
     return State(step=step, params=params, opt_state=opt_state, key=key, average=copy)
+
+
+def abstract_state(
+    template: decoder.Params,
+    optimizer: optax.GradientTransformation,
+    dtype: Any,
+    average: bool = False,
+    offload_moments: bool = False,
+) -> State:
+    """What `new_state` returns for weights of this dtype on the current mesh, without data."""
+    params = weights.abstract(template, dtype)
+    state = weights.on_mesh(jax.eval_shape(lambda params: new_state(params, optimizer, 0, average), params))
+    return dataclasses.replace(state, opt_state=optim_state.abstract(optimizer, params, offload_moments))
+
+
+def check_memory(config: StepConfig, memories: Collection[str]) -> None:
+    """Refuses what needs the host's memory where the devices cannot reach it.
+
+    Args:
+      memories: the kinds of memory of a device, by jax's names.
+
+    Raises:
+      UserError: they lack the host's.
+    """
+    asked = ["step.offload_moments"] * config.offload_moments + ["step.remat offload"] * (config.remat == "offload")
+    if asked and HOST_MEMORY not in memories:
+        raise UserError(
+            f"{' and '.join(asked)}: the host's memory {HOST_MEMORY} was expected, but these devices reach "
+            f"{', '.join(sorted(memories))}; keep everything on them"
+        )
 
 
 def loss_sum(
@@ -127,10 +168,11 @@ def make_step(
             rows = jax.tree.map(lambda a: a[0], batch)
             loss, grads = jax.value_and_grad(piece_loss)(state.params, rows, key, total)
         else:
-            zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
+            zero = (jnp.zeros(()), jax.tree.map(lambda w: jnp.zeros_like(w, jnp.float32), state.params))
             (loss, grads), _ = jax.lax.scan(piece, zero, (batch, jnp.arange(config.accumulate)))
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)  # type: ignore[arg-type]
-        params: Any = optax.apply_updates(state.params, updates)  # type: ignore[arg-type]
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        rounding_key = jax.random.fold_in(key, _ROUNDING)
+        params, opt_state = optim_state.apply(optimizer, grads, state.opt_state, state.params, rounding_key)
         average = state.average
         if average is not None:  # over all steps so far, until those are as many as the decay remembers
             share = jnp.maximum(1 - average_decay, 1 / (state.step + 1))

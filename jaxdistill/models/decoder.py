@@ -1,6 +1,6 @@
 """The decoder around the blocks: embedding, the scan over layers, final norm, head."""
 
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,14 +8,14 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from jaxdistill import models, weights
-from jaxdistill.models.attention import OUTPUT_NAME, REFERENCE, Attention
+from jaxdistill.models import embedding
+from jaxdistill.models.attention import REFERENCE, Attention
 from jaxdistill.models.attention.packed import packed_attention
 from jaxdistill.models.config import Config
 from jaxdistill.models.layers import rms_norm, rope_angles
-from jaxdistill.sharding import einsum, gather, spec
+from jaxdistill.models.remat import Remat, saving
+from jaxdistill.sharding import einsum, gather
 from jaxdistill.weights import Weight, ones, weight
-
-Remat = Literal["full", "matmuls", "none"]
 
 
 @struct.dataclass
@@ -39,16 +39,6 @@ def head(params: Params) -> Weight:
     return params.embed if params.unembed is None else params.unembed
 
 
-def embed(params: Params, tokens: Int[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
-    """Token embeddings. The table is gathered first: a lookup cannot cross shards of the vocabulary.
-
-    Rows are cast after the lookup, so that a token's gradients are added up in the table's float32: thousands of
-    bfloat16 additions to one row lose most of what they add.
-    """
-    table = jax.sharding.reshard(params.embed, jax.P(None, None))
-    return table.at[tokens].get(out_sharding=spec("BTD")).astype(dtype)
-
-
 def hidden(
     params: Params,
     tokens: Int[Array, "B T"],
@@ -65,8 +55,7 @@ def hidden(
     Args:
       positions: from 0 within each document.
       segments: the document each position belongs to; attention never crosses documents. 0 is padding.
-      remat: what the backward pass finds saved: "full" only each layer's input, "matmuls" also the results of the
-        projections and of attention, "none" everything.
+      remat: what the backward pass finds saved.
       noise: added to the embeddings (NEFTune).
       attention: its backend, and how it crosses the context axis.
     """
@@ -76,24 +65,11 @@ def hidden(
     def layer(x, w):
         return block(x, w, angles, lambda q, k, v: (packed_attention(q, k, v, segments, attention), None), c)
 
-    x = embed(params, tokens, dtype)
+    x = embedding.lookup(params.embed, tokens, dtype)
     if noise is not None:
         x += noise
-    x, _ = jax.lax.scan(_remat(layer, remat), x, params.blocks)
+    x, _ = jax.lax.scan(saving(remat, layer), x, params.blocks)
     return rms_norm(x, params.final_norm, c.norm_eps)
-
-
-def _remat(layer: Any, policy: Remat) -> Any:
-    if policy == "none":
-        return layer
-    policies = jax.checkpoint_policies
-    saved = {
-        "full": policies.nothing_saveable,
-        "matmuls": policies.save_from_both_policies(
-            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(OUTPUT_NAME)
-        ),
-    }[policy]
-    return jax.checkpoint(layer, policy=saved)
 
 
 def logits(params: Params, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from jaxdistill import optim, sharding, weights
+from jaxdistill import optim, sharding
 from jaxdistill.data.packing import Batch
 from jaxdistill.errors import UserError
 from jaxdistill.models import decoder
@@ -21,7 +21,7 @@ from jaxdistill.plan import collectives
 from jaxdistill.plan.collectives import Collective
 from jaxdistill.plan.hardware import Hardware
 from jaxdistill.train import TrainConfig, check_fits
-from jaxdistill.train_step import State, make_step, new_state
+from jaxdistill.train_step import State, abstract_state, make_step
 
 _INSTALL = {"tpu": "jaxdistill[tpu]", "cuda": "jaxdistill[cuda13]"}
 _TOO_LARGE = re.compile(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm")
@@ -94,9 +94,8 @@ def compile_step(config: TrainConfig, c: Config, mesh: jax.sharding.Mesh) -> Com
     with jax.set_mesh(mesh):
         template, phase = decoder.template(c), config.phases[0].optim
         optimizer = optim.make(phase, config.phases[0].steps or 1000, template)
-        like = weights.abstract(template)
-        average = phase.average_decay > 0
-        state = weights.on_mesh(jax.eval_shape(lambda p: new_state(p, optimizer, config.seed, average), like))
+        dtype, average = jnp.dtype(phase.state_dtype), phase.average_decay > 0
+        state = abstract_state(template, optimizer, dtype, average, config.step.offload_moments)
         step: Any = make_step(config.step, attention, c, optimizer, phase.average_decay)
         traced = step.trace(state, _batch(config))
         started = time.perf_counter()
@@ -136,7 +135,8 @@ def _needed(message: str) -> float | None:
 
 def _memory(state: State, analysis: Any, saved: int, saved_on_host: int) -> Memory:
     def held(tree: Any) -> int:
-        return sum(device_bytes(leaf, leaf.sharding.spec) for leaf in jax.tree.leaves(tree))
+        leaves = [x for x in jax.tree.leaves(tree) if x.sharding.memory_kind != sharding.HOST_MEMORY]
+        return sum(device_bytes(x, x.sharding.spec) for x in leaves)
 
     arguments, outputs = analysis.argument_size_in_bytes, analysis.output_size_in_bytes
     total = arguments + analysis.temp_size_in_bytes + outputs - analysis.alias_size_in_bytes

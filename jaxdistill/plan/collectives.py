@@ -124,7 +124,7 @@ def _group_size(instruction: str) -> int:
         return int(short[1])
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", instruction):
         return listed[1].count(",") + 1
-    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^)]*\))? \{([^}]*)\}", instruction):
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^{]*\))? \{([^}]*)\}", instruction):
         sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
         # A part of an axis is 'a':(before)size
         axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh[2])

@@ -8,8 +8,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from jaxdistill.models import decoder
 from jaxdistill.models.config import Config
+from jaxdistill.models.remat import Remat
 from jaxdistill.plan.collectives import Collective
 from jaxdistill.plan.hardware import GPUS_PER_NODE, Hardware
 
@@ -29,7 +29,13 @@ EFFICIENCY: Mapping[str, Efficiency] = {
 }
 
 # What the backward pass computes again, as a share of the forward pass: (matrix products of the layers, attention)
-RECOMPUTED: Mapping[decoder.Remat, tuple[float, float]] = {"full": (1, 1), "matmuls": (0, 0), "none": (0, 0)}
+RECOMPUTED: Mapping[Remat, tuple[float, float]] = {
+    "full": (1, 1),
+    "attention": (1, 0),
+    "offload": (1, 0),
+    "matmuls": (0, 0),
+    "none": (0, 0),
+}
 
 _BACKWARD_ATTENTION = 2.5  # products of scores-sized matrices, 5 against the forward pass's 2
 
@@ -93,7 +99,7 @@ def estimate(
     c: Config,
     hardware: Hardware,
     mesh: Mapping[str, int],
-    remat: decoder.Remat,
+    remat: Remat,
     tokens: int,
     document_tokens: float,
     state_bytes: float,
@@ -156,7 +162,7 @@ def _stride(mesh: Mapping[str, int], group: int) -> int:
     return 1
 
 
-def expected_collectives(c: Config, mesh: Mapping[str, int], remat: decoder.Remat, tokens: int) -> list[Collective]:
+def expected_collectives(c: Config, mesh: Mapping[str, int], remat: Remat, tokens: int) -> list[Collective]:
     """What a step should send by the design of the sharding, for ranking meshes before any is compiled.
 
     Weights are gathered over fsdp in bfloat16 for the forward and the backward pass, gradients come back the other way;

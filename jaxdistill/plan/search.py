@@ -3,13 +3,16 @@
 import dataclasses
 import itertools
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+import jax.numpy as jnp
 
 from jaxdistill import weights
 from jaxdistill.errors import UserError
 from jaxdistill.models import decoder
 from jaxdistill.models.config import Config
+from jaxdistill.models.remat import Remat
 from jaxdistill.plan import roofline
 from jaxdistill.plan.hardware import Hardware
 from jaxdistill.sharding import MeshConfig
@@ -18,7 +21,8 @@ from jaxdistill.train_step import StepConfig
 
 USABLE = 0.92  # of a device's memory: the rest goes to the runtime and to fragments
 _MAX_TENSOR, _MAX_CONTEXT = 8, 16  # beyond these the wire is all that a step waits for
-_SAVED_WIDTHS = {"full": 1, "matmuls": 9, "none": 20}  # saved by a layer, in widths of the model: for ranking only
+# Saved by a layer, in widths of the model: for ranking only, the compiler tells the truth
+_SAVED_WIDTHS: Mapping[Remat, int] = {"full": 1, "attention": 2, "offload": 0, "matmuls": 9, "none": 20}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +45,7 @@ def candidates(
     """
     found, too_large = [], 0
     for sizes, step in _meshes(config, c, hardware.devices, device):
-        for remat in typing.get_args(decoder.Remat):
+        for remat in typing.get_args(Remat):
             way = dataclasses.replace(config, mesh=MeshConfig(**sizes), step=dataclasses.replace(step, remat=remat))
             needed = _expected_bytes(c, way, sizes)
             if needed > USABLE * hardware.chip.memory_bytes / hardware.chip.devices:
@@ -65,7 +69,7 @@ def of(
     tokens, pieces = config.batch_rows * config.row_tokens, config.step.accumulate
     sent = roofline.expected_collectives(c, sizes, config.step.remat, tokens // pieces)
     repeated = [dataclasses.replace(collective, times=collective.times * pieces) for collective in sent]
-    state = _state_bytes(c) / (sizes["fsdp"] * sizes["tensor"])
+    state = _state_bytes(c, config) / (sizes["fsdp"] * sizes["tensor"])
     return roofline.estimate(c, hardware, sizes, config.step.remat, tokens, document_tokens, state, repeated)
 
 
@@ -88,16 +92,18 @@ def _meshes(config: TrainConfig, c: Config, devices: int, device: Any) -> Iterat
             yield sizes, step
 
 
-def _state_bytes(c: Config) -> float:
-    """Weights and both of Adam's moments in float32."""
-    return 12.0 * weights.count(decoder.template(c))
+def _state_bytes(c: Config, config: TrainConfig) -> float:
+    """Weights and both of Adam's moments, those that are on the devices."""
+    copies = 1 if config.step.offload_moments else 3
+    return float(copies * jnp.dtype(config.phases[0].optim.state_dtype).itemsize * weights.count(decoder.template(c)))
 
 
 def _expected_bytes(c: Config, config: TrainConfig, sizes: dict[str, int]) -> float:
     """Of one device: state and gradients, what is saved of each layer, and a layer's weights gathered twice."""
     shards = sizes["fsdp"] * sizes["tensor"]
     positions = config.row_tokens // sizes["context"]
-    state = _state_bytes(c) / shards * 4 / 3
+    gradients = 4 * weights.count(decoder.template(c)) / shards
+    state = _state_bytes(c, config) / shards + gradients
     saved = c.layers * positions * c.embed * 2 * _SAVED_WIDTHS[config.step.remat]
     gathered = 2 * 2 * max(c.matmul_weights[0] / c.layers, c.matmul_weights[1]) / sizes["tensor"]
     return state + saved + gathered

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Int
 
 from jaxdistill import models, sharding
 from jaxdistill.errors import UserError
-from jaxdistill.models import decoder
+from jaxdistill.models import decoder, embedding
 from jaxdistill.models.config import Config
 from jaxdistill.models.layers import rms_norm, rope_angles
 from jaxdistill.sample import cache as kv
@@ -74,7 +74,7 @@ def forward(
 
         return block(x, w, angles, attend, c), None
 
-    x = decoder.embed(params, tokens, dtype)
+    x = embedding.lookup(params.embed, tokens, dtype)
     (x, cache), _ = jax.lax.scan(layer, (x, cache), (params.blocks, jnp.arange(c.layers)))
     return rms_norm(x, params.final_norm, c.norm_eps), cache
 

@@ -125,11 +125,11 @@ def test_splash_on_two_devices(context: ContextParallelism, monkeypatch: pytest.
     plain_attention.check(512, [[200, 184, 100]], N=4, K=2, H=64, attention=attention, sizes={"context": 2})
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
-def test_other_families_equal_one_device(model_type: str, on_one_device: Any):
+@pytest.mark.parametrize(("model_type", "remat"), [("llama", "matmuls"), ("qwen3", "attention"), ("qwen3", "offload")])
+def test_other_families_equal_one_device(model_type: str, remat: decoder.Remat, on_one_device: Any):
     c = architecture(model_type, 2)
     expected, expected_gradients = on_one_device(c)
-    found, gradients = loss_and_gradients(c, "matmuls", {"fsdp": 2, "context": 2, "tensor": 2})
+    found, gradients = loss_and_gradients(c, remat, {"fsdp": 2, "context": 2, "tensor": 2})
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     tiny.assert_trees_close(gradients, expected_gradients, 1e-5)
 
@@ -211,7 +211,7 @@ def test_mesh_that_does_not_fit_the_devices(sizes: dict[str, int], message: str)
 def test_mesh_that_does_not_fit_the_model():
     c = tiny.config("llama", num_attention_heads=4, vocab_size=100)
     with pytest.raises(UserError, match=r"V = 100 is not a multiple of 8 .*N = 4 .*K = 2 "):
-        sharding.check_divisible(c.sizes(), MeshConfig(tensor=8).sizes(), sharding.STORAGE)
+        sharding.check_divisible(c.sizes(), MeshConfig(tensor=8).sizes())
 
 
 def test_rows_that_the_mesh_cannot_split():

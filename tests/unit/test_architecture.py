@@ -15,8 +15,8 @@ PACKAGE = ROOT / "jaxdistill"
 # Left to right; a module imports its own layer and those to its left. Two chains share their first modules.
 TEXT = (("errors", "records", "manifest", "progress", "verify"), ("local_teacher",), ("collect",), ("curate",))
 ARRAYS = (
-    ("errors", "records", "manifest", "progress", "chips", "sharding", "metrics", "runtime", "weights"),
-    ("models", "loss", "optim", "data", "train_step"),
+    ("errors", "records", "manifest", "progress", "chips", "sharding", "metrics", "rounding", "runtime", "weights"),
+    ("models", "loss", "optim", "optim_state", "data", "train_step"),
     ("hf", "checkpoint", "export"),
     ("sample",),
     ("evaluate",),

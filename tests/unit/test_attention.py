@@ -12,9 +12,9 @@ from jaxtyping import Array
 from plain_attention import PADDING, check, draw, plain, segment_ids
 
 from jaxdistill import sharding
-from jaxdistill.models import decoder
 from jaxdistill.models.attention import REFERENCE, Attention, Backend, blockwise, cudnn, splash
 from jaxdistill.models.attention.packed import packed_attention, query_order
+from jaxdistill.models.remat import Remat, saving
 
 # The documents of each row. Blocks are 16 queries by 16 keys, from rows of 128 on by 32.
 ROWS = {
@@ -135,11 +135,12 @@ def test_saved_output_spares_the_forward_kernel(backend: Backend, kernel: str):
         def layer(x: Array, scale: Array) -> tuple[Array, None]:
             return packed_attention(x * scale, k, v, segments, Attention(backend=backend)), None
 
-        def kernels_run(remat: decoder.Remat) -> int:
-            loss = lambda q: jnp.sum(decoder._remat(layer, remat)(q, jnp.float32(2))[0])  # noqa: E731
+        def kernels_run(remat: Remat) -> int:
+            loss = lambda q: jnp.sum(saving(remat, layer)(q, jnp.float32(2))[0])  # noqa: E731
             return count(kernel, jax.make_jaxpr(jax.grad(loss))(q).jaxpr)
 
         assert kernels_run("full") == 3
+        assert kernels_run("attention") == 2
         assert kernels_run("matmuls") == 2
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
-from jaxdistill import optim, train_step, weights
+from jaxdistill import optim, train_step
 from jaxdistill.checkpoint import Checkpoints, base_of, keep_base, load_model, newest_input
 from jaxdistill.errors import UserError
 from jaxdistill.models import decoder
@@ -56,12 +56,10 @@ def phase(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("sizes", [{"fsdp": 4, "tensor": 2}, {}, {"data": 2, "fsdp": 2}], ids=str)
 def test_state_comes_back_on_any_mesh(phase: Path, sizes: dict[str, int]):
     with tiny.mesh(**sizes):
-        like = jax.eval_shape(
-            lambda p: train_step.new_state(p, OPTIMIZER, seed=0), weights.abstract(decoder.template(C))
-        )
+        like = train_step.abstract_state(decoder.template(C), OPTIMIZER, np.float32)
         checkpoints = Checkpoints(phase)
         assert checkpoints.latest_step == 6
-        state, position = checkpoints.restore(6, weights.on_mesh(like))
+        state, position = checkpoints.restore(6, like)
         checkpoints.close()
         expected = new_state()
         assert position == {"at": 6}

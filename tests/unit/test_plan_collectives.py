@@ -73,7 +73,7 @@ TEXT = """HloModule jit_step, is_scheduled=true
 
 ENTRY %main (x: bf16[16,8]) -> bf16[16,8] {
   %w = (s32[], bf16[16,8]) while(%i), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"80"}}
-  %sum = (f32[8]{0}, bf16[4]{0}) all-reduce(%a, %b), channel_id=4, replica_groups=[1,32]<=[32], to_apply=%add
+  %s = (f32[8]{0}, bf16[4]{0}) all-reduce(%a, %b), replica_groups=mesh['x'=8,'y'=4], device_ids=([4,8]T(1,0)) {'x','y'}
   %shift = bf16[4,4]{1,0} collective-permute(%c), channel_id=5, source_target_pairs={{0,1},{1,0}}
   ROOT %out = bf16[16,8]{1,0} get-tuple-element(%loop), index=1
 }

@@ -7,8 +7,8 @@ import pytest
 import tiny
 
 from jaxdistill import chips
-from jaxdistill.models import decoder
 from jaxdistill.models.config import Config
+from jaxdistill.models.remat import Remat
 from jaxdistill.plan import hardware, roofline
 from jaxdistill.plan.collectives import Collective
 from jaxdistill.plan.roofline import Estimate
@@ -30,7 +30,7 @@ def model() -> Config:
     )
 
 
-def estimate(name: str, remat: decoder.Remat = "none", wire: tuple[Collective, ...] = (), **changes: float) -> Estimate:
+def estimate(name: str, remat: Remat = "none", wire: tuple[Collective, ...] = (), **changes: float) -> Estimate:
     values = {"tokens": 2**20, "document_tokens": 32_768.0, "state_bytes": 0.0} | changes
     target = hardware.parse(name)
     mesh = MESH | {"fsdp": target.devices}
@@ -55,7 +55,7 @@ def test_what_is_recomputed_costs_a_third_of_the_layers_again():
 
 
 def test_every_remat_policy_is_known():
-    assert set(roofline.RECOMPUTED) == set(typing.get_args(decoder.Remat))
+    assert set(roofline.RECOMPUTED) == set(typing.get_args(Remat))
 
 
 def test_twice_the_chips_take_half_the_time():

@@ -32,9 +32,9 @@ def test_einsum_lays_its_result_out_by_the_letters():
         np.testing.assert_array_equal(out, 16.0)
 
 
-def test_gradient_of_a_gathered_weight_stays_in_parts_until_it_is_stored():
-    """ZeRO-3: the compiler may reduce-scatter (the CPU's own lowers even that to an all-reduce, so no test of it)."""
-    with tiny.mesh(fsdp=8) as mesh:
+def test_gradient_of_a_gathered_weight_is_scattered_over_fsdp_before_it_is_reduced_further():
+    """ZeRO-3: only a device's own part crosses the other axes (tests/mesh counts the bytes)."""
+    with tiny.mesh(data=2, fsdp=4) as mesh:
         w = jax.device_put(
             np.ones((16, 8), np.float32), jax.sharding.NamedSharding(mesh, sharding.spec("DF", sharding.STORAGE))
         )
@@ -47,21 +47,33 @@ def test_gradient_of_a_gathered_weight_stays_in_parts_until_it_is_stored():
         gradient = lowered.compile()(w, x)
         assert gradient.sharding.spec == w.sharding.spec
         np.testing.assert_array_equal(gradient, 32.0)
-        *_, before, after = [line for line in lowered.as_text().splitlines() if "sharding_constraint" in line]
-        assert 'unreduced={"data", "fsdp", "context"}' in before
-        assert "unreduced" not in after
-        assert '[{"fsdp"}, {"tensor"}]' in after
+        *_, parts, scattered, stored = [
+            line for line in lowered.as_text().splitlines() if "sharding_constraint" in line
+        ]
+        assert '[{}, {"tensor"}], unreduced={"data", "fsdp", "context"}' in parts
+        assert '[{"fsdp"}, {"tensor"}], unreduced={"data", "context"}' in scattered
+        assert '[{"fsdp"}, {"tensor"}]' in stored
+        assert "unreduced" not in stored
 
 
 def test_misfits_are_named_together():
     sizes = {"V": 10, "D": 16, "N": 3, "H": 7}
     with pytest.raises(UserError) as caught:
-        sharding.check_divisible(sizes, tiny.ONE_DEVICE | {"fsdp": 4, "tensor": 2}, sharding.STORAGE)
+        sharding.check_divisible(sizes, tiny.ONE_DEVICE | {"fsdp": 4, "tensor": 2})
     assert "N = 3 is not a multiple of 2 (tensor)" in str(caught.value)
     assert "V" not in str(caught.value).split("fit:")[1].split("(letters")[0]
-    with pytest.raises(UserError, match=r"B = 6 is not a multiple of 8"):
-        sharding.check_divisible({"B": 6}, tiny.ONE_DEVICE | {"data": 2, "fsdp": 4}, sharding.COMPUTE)
-    sharding.check_divisible(sizes, tiny.ONE_DEVICE, sharding.STORAGE)
+    sharding.check_divisible(sizes, tiny.ONE_DEVICE)
+
+
+def test_parts_too_narrow_for_a_tpu():
+    sizes = {"V": 152064, "D": 8192, "F": 29568}
+    for fsdp in (1, 64):
+        assert sharding.narrow_parts(sizes, tiny.ONE_DEVICE | {"fsdp": fsdp, "tensor": 4}) is None
+    warning = sharding.narrow_parts(sizes, tiny.ONE_DEVICE | {"fsdp": 256})
+    assert warning is not None
+    assert warning.startswith("mesh.fsdp 256 leaves 32 of D = 8192 on a device;")
+    assert "With mesh.fsdp 64 or less" in warning
+    assert sharding.narrow_parts({"D": 64}, tiny.ONE_DEVICE) is None, "nothing is gathered"
 
 
 @pytest.mark.parametrize("shards", [1, 2, 4])

@@ -1,0 +1,95 @@
+"""What a training step sends between devices, counted in a model whose weights outweigh its activations.
+
+Counted in the HLO right after partitioning: later the CPU's own passes turn bfloat16 collectives into float32 ones.
+For gradients that the partitioner itself reduces, a reduce-scatter is spelled there as an all-reduce over fsdp, of a
+whole weight, of which each device keeps its part; TPUs and GPUs make one of the two again.
+"""
+
+from typing import Any
+
+import jax
+import pytest
+import tiny
+
+from jaxdistill import optim, train_step, weights
+from jaxdistill.models import decoder
+from jaxdistill.models.attention import REFERENCE
+from jaxdistill.plan import collectives
+from jaxdistill.plan.collectives import Collective
+
+ROWS, T = 8, 8
+C = tiny.config(
+    "qwen2",
+    vocab_size=4096,
+    hidden_size=256,
+    intermediate_size=1024,
+    num_attention_heads=8,
+    num_key_value_heads=8,
+    head_dim=64,
+    num_hidden_layers=1,
+)
+TABLE = C.vocab * C.embed  # elements of the embedding, and of the head
+_DECLARED = jax.tree.leaves(decoder.template(C).blocks, is_leaf=weights.is_declared)
+MATRICES = weights.count([w for w in _DECLARED if len(w.hf_shape) == 2])  # elements of those of the layer
+MESHES = [
+    {"data": 8},
+    {"tensor": 8},
+    {"data": 2, "fsdp": 4},
+    {"fsdp": 4, "context": 2},
+    {"fsdp": 4, "tensor": 2},
+    {"fsdp": 2, "context": 2, "tensor": 2},
+]
+
+
+@pytest.fixture(scope="module", params=MESHES, ids=str)
+def step(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, int], list[Collective]]:
+    """A mesh, and the collectives of a step in bfloat16 on it that move more than activations."""
+    sizes, dump = tiny.ONE_DEVICE | request.param, tmp_path_factory.mktemp("hlo")
+    with tiny.mesh(**sizes):
+        optimizer = optim.make(optim.OptimConfig(), 2, decoder.template(C))
+        state = train_step.abstract_state(decoder.template(C), optimizer, "float32")
+        batch = train_step.place(tiny.packed([T - 1] * ROWS, C.vocab, ROWS, T), 1)
+        program: Any = train_step.make_step(train_step.StepConfig(compute_dtype="bfloat16"), REFERENCE, C, optimizer)
+        options: dict[str, Any] = {"xla_dump_to": str(dump), "xla_dump_hlo_pass_re": "spmd-partitioning"}
+        options |= {"xla_llvm_disable_expensive_passes": True, "xla_backend_optimization_level": 0}
+        program.lower(state, batch).compile(compiler_options=options)
+    [text] = dump.glob("*after_spmd-partitioning*")
+    rows = ROWS // (sizes["data"] * sizes["fsdp"])
+    activations = rows * T * max(4 * C.embed, 2 * C.kv_heads * C.head_dim)  # hidden states in float32; keys of all rows
+    found = collectives.read(text.read_text())
+    return sizes, [c for c in found if c.group > 1 and c.payload_bytes > activations]
+
+
+def test_weights_are_gathered_over_fsdp_in_bfloat16_and_the_embedding_never(step: Any):
+    sizes, found = step
+    gathers = [c for c in found if c.kind == "all-gather"]
+    if sizes["fsdp"] == 1:
+        assert not gathers
+        return
+    assert {(c.dtype, c.group) for c in gathers} == {("bf16", sizes["fsdp"])}
+    heads = [c for c in gathers if c.payload_bytes == 2 * TABLE // sizes["tensor"]]
+    assert len(heads) == 1, "the loss gathers the head; the lookup leaves its table, which is as large, where it is"
+    rest = sum(c.payload_bytes for c in gathers) - heads[0].payload_bytes
+    assert rest <= 2 * 2 * MATRICES // sizes["tensor"], (
+        "each matrix once for the forward and once for the backward pass"
+    )
+
+
+def test_gradients_are_scattered_over_fsdp_and_only_parts_of_them_cross_other_axes(step: Any):
+    """Matrices' gradients travel in bfloat16; the head's and the embedding's, added up in float32, in that."""
+    sizes, found = step
+    reductions = [c for c in found if c.kind in ("reduce-scatter", "all-reduce")]
+    assert {c.kind for c in found} <= {"all-gather", "reduce-scatter", "all-reduce"}
+    expected = {"bf16": 0, "f32": 0}
+    if sizes["fsdp"] > 1:  # the lookup's gradient needs no reduction here: tokens travel to the parts of the table
+        expected["bf16"] += 2 * MATRICES // sizes["tensor"]
+        expected["f32"] += 4 * TABLE // sizes["tensor"]
+    if sizes["data"] * sizes["context"] > 1:
+        expected["bf16"] += 2 * MATRICES // (sizes["tensor"] * sizes["fsdp"])
+        expected["f32"] += 2 * 4 * TABLE // (sizes["tensor"] * sizes["fsdp"])
+    moved = {dtype: sum(c.payload_bytes for c in reductions if c.dtype == dtype) for dtype in expected}
+    assert moved == expected
+    whole = [c for c in reductions if c.payload_bytes > 4 * TABLE // (sizes["tensor"] * sizes["fsdp"])]
+    assert all(c.kind == "reduce-scatter" and c.group == sizes["fsdp"] for c in whole)
