@@ -52,32 +52,37 @@ def read(hlo: str) -> list[Collective]:
             entry = current if start[1] else entry
         elif current and _INSTRUCTION.match(line):
             computations[current].append(line)
-    return list(_walk(entry, 1, computations, set()))
+    return list(_walk(entry, 1, computations))
 
 
-def _walk(name: str, times: int, computations: dict[str, list[str]], channels: set[str]) -> Iterator[Collective]:
+def _walk(
+    name: str, times: int, computations: dict[str, list[str]], in_fusions: set[str] | None = None, fused: bool = False
+) -> Iterator[Collective]:
     """The collectives of a computation and of those it calls.
 
     Args:
-      channels: those met already in this round of the innermost loop. TPUs write one asynchronous collective down
-        several times: where it starts, in each fusion that works beside it, and where it ends.
+      in_fusions: channels met already in fusions of this loop. TPUs write one asynchronous collective down several
+        times: in the fusion that starts it, in each that works beside it, and in the one that waits for its end.
+        Outside of fusions a channel may be that of several collectives.
+      fused: the computation is a fusion's.
     """
+    met = set() if in_fusions is None else in_fusions
     for line in computations.get(name, ()):
         instruction = _INSTRUCTION.findall(line)[0]
         result, opcode = _split(instruction)
         kind = opcode.removesuffix("-start")
         if kind in KINDS:
             channel = _CHANNEL.search(instruction)
-            if channel is None or channel[1] not in channels:
+            if not (fused and channel and channel[1] in met):
                 yield _collective(kind, result, instruction, times)
-            channels |= {channel[1]} if channel else set()
+            met |= {channel[1]} if fused and channel else set()
         elif opcode == "while":
             for called in _CALLED.findall(instruction):
-                yield from _walk(called, times * _trips(instruction, computations), computations, set())
+                yield from _walk(called, times * _trips(instruction, computations), computations)
         elif opcode in _CALLERS:
             branches = [b.strip().lstrip("%") for group in _BRANCHES.findall(instruction) for b in group.split(",")]
             for called in _CALLED.findall(instruction) + branches:
-                yield from _walk(called, times, computations, channels)
+                yield from _walk(called, times, computations, met, fused or opcode == "fusion")
 
 
 def _trips(loop: str, computations: dict[str, list[str]]) -> int:

@@ -91,3 +91,33 @@ def test_the_spellings_of_tpus_and_gpus():
     ]
     assert found[3].wire_bytes == pytest.approx(40 * 2 * 31 / 32)
     assert found[4].wire_bytes == 32
+
+
+def test_a_loop_tells_its_rounds_by_its_condition_and_an_asynchronous_collective_counts_once():
+    """As libtpu writes them: no known_trip_count, and one channel in the fusions that start, overlap and end it."""
+    gather = "bf16[64]{0} all-gather(%p), channel_id=7, replica_groups=[1,8]<=[8], dimensions={0}"
+    reduce = "f32[16]{0} all-reduce(%p), channel_id=1, replica_groups=[1,8]<=[8], to_apply=%add"
+    hlo = f"""
+%start (p: bf16[8]) -> bf16[64] {{
+  ROOT %g = {gather}
+}}
+%overlap (p: bf16[8]) -> bf16[64] {{
+  ROOT %g.1 = {gather}
+}}
+%body (s: s32[]) -> s32[] {{
+  %a = bf16[64]{{0}} fusion(%p), kind=kCustom, calls=%start
+  %b = bf16[64]{{0}} fusion(%p), kind=kCustom, calls=%overlap
+  %c = {reduce}
+  %d = {reduce}
+}}
+%condition (s: s32[]) -> pred[] {{
+  %n = s32[]{{:T(128)}} constant(28)
+  %i = s32[]{{:T(128)}} get-tuple-element(%s), index=0
+  ROOT %lt = pred[]{{:T(512)}} compare(%i, %n), direction=LT
+}}
+ENTRY %main (p: bf16[8]) -> s32[] {{
+  %w = s32[] while(%s), condition=%condition, body=%body
+}}
+"""
+    found = [(one.kind, one.payload_bytes, one.times) for one in collectives.read(hlo)]
+    assert found == [("all-gather", 128, 28), ("all-reduce", 64, 28), ("all-reduce", 64, 28)]
