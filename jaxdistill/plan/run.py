@@ -32,7 +32,7 @@ class PlanConfig:
     tokens: int | None = None  # positions of all rows of all steps; by default the recipe's, where its data is here
     document_tokens: float | None = None  # document length averaged over tokens; by default the data's, or a row's
     search: bool = False  # over meshes and remat policies, instead of the recipe's own
-    compiled: int = 3  # ways that a search compiles: those that formulas rank first
+    compiled: int = 3  # ways that a search is after: it compiles, as formulas rank them, until so many fit
 
     @property
     def workdir(self) -> Path:
@@ -79,23 +79,24 @@ def main(config: PlanConfig) -> list[Plan]:
     work = work_of(config, base, c)
     console.print(f"data: {work.source}")
     if config.search:
-        ways = [
-            (way.config, way.sizes) for way in search.candidates(train, c, target, devices[0], work.document_tokens)
-        ]
-        console.print(f"{len(ways)} ways fit by formula; compiling the first {min(config.compiled, len(ways))}")
-        ways = ways[: config.compiled]
+        found = search.candidates(train, c, target, devices[0], work.document_tokens)
+        ways, wanted = [(way.config, way.sizes) for way in found], config.compiled
+        console.print(f"{len(ways)} ways fit by formula; compiling, best first, until {wanted} fit by the compiler")
     else:
-        ways = [(train, train.mesh.sizes(devices))]
-    plans = []
+        ways, wanted = [(train, train.mesh.sizes(devices))], 1
+    plans: list[Plan] = []
     for way, sizes in ways:
         plans.append(_plan(way, c, target, sizes, devices, work))
-        console.print(_line(plans[-1], target))
+        console.print(_line(plans[-1]))
+        if sum(not plan.problem for plan in plans) == wanted:
+            break
     plans.sort(key=lambda plan: (plan.problem != "", plan.estimate.step_s))
     manifest.write_json(config.workdir / f"{config.hardware.replace(':', '-')}.json", _record(plans, target, work))
+    if plans[0].problem:
+        remedy = "use more chips, shorter rows or a leaner state" if config.search else "--search tries other ways"
+        raise RunError(f"{target}: {plans[0].problem}; {remedy}")
     for renderable in _report(plans[0], target, work):
         console.print(renderable)
-    if plans[0].problem:
-        raise RunError(f"{target}: {plans[0].problem}; --search tries other meshes and remat policies")
     return plans
 
 
@@ -141,7 +142,7 @@ def _plan(way: TrainConfig, c: Config, target: Hardware, sizes: dict[str, int], 
     return Plan(way, sizes, step, estimate, problem)
 
 
-def _line(plan: Plan, target: Hardware) -> str:
+def _line(plan: Plan) -> str:
     """One way in one line."""
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan.sizes.items() if size > 1) or "one device"
     of_step = f"{mesh}, remat {plan.config.step.remat}, accumulate {plan.config.step.accumulate}"
@@ -199,8 +200,8 @@ def _warnings(plan: Plan) -> Iterable[str]:
     if large and plan.sizes["fsdp"] > 1:
         size = max(one.payload_bytes for one in large) / 2**20
         yield (
-            f"warning: {len(large)} all-reduces of up to {size:,.0f} MiB where a reduce-scatter would do; on TPUs a "
-            "weight whose dimension is split below 128 is reduced whole: keep hidden_size / mesh.fsdp at 128 or more"
+            f"warning: {len(large)} all-reduces of up to {size:,.0f} MiB where a reduce-scatter would do; TPU "
+            "compilers reduce a weight's gradient whole where hidden_size / mesh.fsdp is below 128, and often above"
         )
 
 
