@@ -167,9 +167,7 @@ def load_model(model: Path, step: int | None = None, dtype: Any = np.float32) ->
     with ocp.CheckpointManager((model / _FOLDER).absolute()) as manager:
         step = _whole_step(manager, model, step)
         sharding.check_divisible(config.sizes(), dict(jax.sharding.get_mesh().shape))
-        result = _read_input(manager, step).get(
-            "result", "params"
-        )  # the name of the weights, or of their average, in the state
+        result = _read_input(manager, step).get("result", "params")  # the state's field: the weights or their average
         wanted = {result: weights.abstract(decoder.template(config), dtype)}
         layouts = ocp.checkpoint_utils.construct_restore_args(wanted)
         items = ocp.args.Composite(state=ocp.args.PyTreeRestore(wanted, restore_args=layouts, partial_restore=True))

@@ -6,9 +6,8 @@ import importlib
 import runpy
 import sys
 import traceback
-import typing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import tyro
 from rich.console import Console
@@ -68,7 +67,7 @@ def load(command: Command, arguments: list[str], name: str) -> Any:
     if not Path(path).is_file():
         raise UserError(f"{path}: no such recipe; expected a .py file with a function config(), as in configs/")
     default = _run_recipe(path)
-    wanted = typing.get_type_hints(kind)[command.recipe] if command.recipe else kind
+    wanted = get_type_hints(kind)[command.recipe] if command.recipe else kind
     if not isinstance(default, wanted):
         raise UserError(
             f"{path}: config() gives {type(default).__name__}, but `{program}` takes {wanted.__name__}; "

@@ -98,6 +98,15 @@ class TrainConfig:
             raise UserError(f"batch_rows {self.batch_rows} is not a multiple of step.accumulate {self.step.accumulate}")
 
 
+def read_architecture(config: TrainConfig) -> tuple[Path, Config]:
+    """The folder with the model's config.json and tokenizer, and the architecture, its context extended if asked."""
+    base = base_of(config.model)
+    c, values = hf.read_config(base)
+    if config.context is not None:
+        c = models.family(c.model_type).config(config.context.apply(values))
+    return base, c
+
+
 def check_fits(config: TrainConfig, c: Config, mesh: Mapping[str, int], device: Any) -> Attention:
     """Refuses rows, a model or heads that a mesh of these sizes cannot split evenly; returns how attention is computed.
 
@@ -157,17 +166,15 @@ class Run:
     def __init__(self, config: TrainConfig, console: Console | None = None):
         self.config = config
         self.workdir = config.workdir
-        self.base = base_of(config.model)
-        self.c, values = hf.read_config(self.base)
-        if config.context is not None:
-            self.c = models.family(self.c.model_type).config(config.context.apply(values))
+        self.base, self.c = read_architecture(config)
         mesh = jax.sharding.get_mesh()
-        attention = check_fits(config, self.c, dict(mesh.shape), mesh.devices.flat[0])
+        sizes, device = dict(mesh.shape), mesh.devices.flat[0]
+        attention = check_fits(config, self.c, sizes, device)
         self.template = decoder.template(self.c)
         check_memory(config.step, {memory.kind for memory in jax.local_devices()[0].addressable_memories()})
         self.tokenizer = chat.load_tokenizer(self.base)
         self.console = console or Console(stderr=True)
-        if jax.default_backend() == "tpu" and (warning := sharding.narrow_parts(self.c.sizes(), dict(mesh.shape))):
+        if device.platform == "tpu" and (warning := sharding.narrow_parts(self.c.sizes(), sizes)):
             self.console.print(f"[yellow]{warning}[/yellow]")
         self.peak, self.peak_source = metrics.peak_flops(jnp.dtype(config.step.compute_dtype))
         lost = [str(phase.examples) for phase in config.phases if not phase.examples.is_file()]
@@ -217,8 +224,8 @@ class Run:
         heldout = [config.heldout] if config.heldout else []
         inputs = [self.base / "config.json", *(p.examples for p in config.phases), *heldout]
         origin = {name: self.stages[0].origin[name] for name in ("model", "context")}
-        facts = {**origin, "mfu_formula": metrics.MFU_FORMULA, "peak": self.peak_source}
-        facts["attention"] = backends.describe(self.attention.backend)
+        attention = backends.describe(self.attention.backend)
+        facts = {**origin, "mfu_formula": metrics.MFU_FORMULA, "peak": self.peak_source, "attention": attention}
         manifest.write_manifest(self.workdir, "train", inputs, {}, phases=done, **facts)
         return done
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from jaxdistill import optim, sharding
+from jaxdistill.data import packing
 from jaxdistill.data.packing import Batch
 from jaxdistill.errors import UserError
 from jaxdistill.models import decoder
@@ -23,7 +24,6 @@ from jaxdistill.plan.hardware import Hardware
 from jaxdistill.train import TrainConfig, check_fits
 from jaxdistill.train_step import State, abstract_state, make_step
 
-_INSTALL = {"tpu": "jaxdistill[tpu]", "cuda": "jaxdistill[cuda13]"}
 _TOO_LARGE = re.compile(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm")
 
 
@@ -66,20 +66,17 @@ def devices(hardware: Hardware) -> Sequence[Any]:
     Raises:
       UserError: its compiler is not installed, or knows no such shape.
     """
+    if hardware.chip.platform != "tpu":
+        raise UserError(f"{hardware}: the planner compiles for TPUs so far; expected one, as in v5p:4x8x8")
     jax.config.update("jax_platforms", "cpu")  # what is here does not matter, and must not be taken from others
-    platform, shape = hardware.chip.platform, "x".join(map(str, hardware.shape))
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server is asked what TPU this is
+    name = f"{hardware.chip.topology}:{'x'.join(map(str, hardware.shape))}"
     try:
-        if platform == "tpu":
-            os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server is asked what TPU this is
-            name = f"{hardware.chip.topology}:{shape}"
-            return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
-        raise UserError(f"{hardware}: planned are TPUs so far")
+        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
     except (RuntimeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(
             f"{hardware}: this installation cannot compile for it ({str(error).splitlines()[0]}); "
-            f"pip install '{_INSTALL[platform]}' brings the compiler, no device is needed"
+            "pip install 'jaxdistill[tpu]' brings the compiler, no device is needed"
         ) from None
 
 
@@ -100,7 +97,7 @@ def compile_step(config: TrainConfig, c: Config, mesh: jax.sharding.Mesh) -> Com
         traced = step.trace(state, _batch(config))
         started = time.perf_counter()
         try:
-            compiled = traced.lower(lowering_platforms=(_platform(mesh),)).compile()
+            compiled = traced.lower(lowering_platforms=(mesh.devices.flat[0].platform,)).compile()
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -114,18 +111,12 @@ def compile_step(config: TrainConfig, c: Config, mesh: jax.sharding.Mesh) -> Com
         )
 
 
-def _platform(mesh: jax.sharding.Mesh) -> str:
-    platform = mesh.devices.flat[0].platform
-    return "cuda" if platform == "gpu" else platform
-
-
 def _batch(config: TrainConfig) -> Batch:
     """The shapes of a step's rows [accumulate, B, T] on the current mesh."""
     pieces = config.step.accumulate
     shape = pieces, config.batch_rows // pieces, config.row_tokens
     layout = jax.sharding.NamedSharding(jax.sharding.get_mesh(), sharding.spec("ABT"))
-    fields = {field.name: jnp.int32 for field in dataclasses.fields(Batch)} | {"weights": jnp.float32}
-    return Batch(**{name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout) for name, dtype in fields.items()})
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(shape, x.dtype, sharding=layout), packing.empty_row(1))
 
 
 def _needed(message: str) -> float | None:
@@ -160,22 +151,20 @@ def device_bytes(x: Any, spec: jax.P) -> int:
 
 def saved_bytes(jaxpr: Any, layers: int) -> tuple[int, int]:
     """What the forward pass over the layers stacks up for the backward pass: bytes on a device and on its host."""
-    scan = next(eqn for eqn in _scans(jaxpr) if eqn.params["length"] == layers)
-    stacked = [variable.aval for variable in scan.outvars[scan.params["num_carry"] :]]
-    on_host = [getattr(aval, "memory_space", None) == jax.memory.Space.Host for aval in stacked]
-    sizes = [device_bytes(aval, aval.sharding.spec) for aval in stacked]
-    return (
-        sum(size for size, host in zip(sizes, on_host, strict=True) if not host),
-        sum(size for size, host in zip(sizes, on_host, strict=True) if host),
-    )
+    scans = (e for e in equations(jaxpr) if e.primitive.name == "scan" and e.params["length"] == layers)
+    outputs = (e.outvars[e.params["num_carry"] :] for e in scans)
+    stacked = next(some for some in outputs if some)  # accumulation in as many pieces is a scan too, but stacks nothing
+    held = {False: 0, True: 0}
+    for aval in (variable.aval for variable in stacked):
+        held[aval.memory_space == jax.memory.Space.Host] += device_bytes(aval, aval.sharding.spec)
+    return held[False], held[True]
 
 
-def _scans(jaxpr: Any) -> Iterator[Any]:
-    """All scans of a program, in order, outer ones before those within."""
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """All operations of a program, in order, outer ones before those within."""
     for equation in jaxpr.eqns:
-        if equation.primitive.name == "scan":
-            yield equation
+        yield equation
         for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
             inner = getattr(inner, "jaxpr", inner)
             if hasattr(inner, "eqns"):
-                yield from _scans(inner)
+                yield from equations(inner)

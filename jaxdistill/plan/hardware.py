@@ -51,6 +51,16 @@ class Hardware:
         """What jax sees."""
         return self.chips * self.chip.devices
 
+    @property
+    def device_memory(self) -> float:
+        """Bytes that programs can use on one of jax's devices."""
+        return self.chip.memory_bytes / self.chip.devices
+
+    @property
+    def device_host_memory(self) -> float:
+        """Bytes of host memory that fall to one of jax's devices."""
+        return self.chip.host_bytes / self.chip.devices
+
     def __str__(self) -> str:
         shape = "x".join(map(str, self.shape))
         return f"{self.chip.name} {shape}, {self.chips} chip{'s' * (self.chips != 1)}"

@@ -1,7 +1,7 @@
 """`jaxdistill plan`: whether a recipe fits hardware that is not here, how fast it would run and what it would cost."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +9,14 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from jaxdistill import hf, manifest, models
-from jaxdistill.checkpoint import base_of
+from jaxdistill import manifest, sharding
 from jaxdistill.data import chat, loader
 from jaxdistill.errors import RunError
 from jaxdistill.models.config import Config
 from jaxdistill.plan import ahead, hardware, roofline, search
 from jaxdistill.plan.collectives import Collective
 from jaxdistill.plan.hardware import Hardware
-from jaxdistill.train import TrainConfig
+from jaxdistill.train import TrainConfig, read_architecture
 
 _GIB = 2**30
 _LARGE_REDUCE = 8 * 2**20  # bytes: an all-reduce above this outside tensor parallelism should be a reduce-scatter
@@ -69,12 +68,8 @@ def main(config: PlanConfig) -> list[Plan]:
     """
     console, target = Console(), hardware.parse(config.hardware)
     train = config.train
-    base = base_of(train.model)
-    c, values = hf.read_config(base)
-    if train.context is not None:
-        c = models.family(c.model_type).config(train.context.apply(values))
-    memory = target.chip.memory_bytes / target.chip.devices
-    console.print(f"{target}: {target.devices} devices of {memory / _GIB:.1f} GiB")
+    base, c = read_architecture(train)
+    console.print(f"{target}: {target.devices} devices of {target.device_memory / _GIB:.1f} GiB")
     devices = ahead.devices(target)
     work = work_of(config, base, c)
     console.print(f"data: {work.source}")
@@ -92,10 +87,11 @@ def main(config: PlanConfig) -> list[Plan]:
             break
     plans.sort(key=lambda plan: (plan.problem != "", plan.estimate.step_s))
     manifest.write_json(config.workdir / f"{config.hardware.replace(':', '-')}.json", _record(plans, target, work))
-    if plans[0].problem:
+    best = plans[0]
+    if best.problem or best.step is None:
         remedy = "use more chips, shorter rows or a leaner state" if config.search else "--search tries other ways"
-        raise RunError(f"{target}: {plans[0].problem}; {remedy}")
-    for renderable in _report(plans[0], target, work):
+        raise RunError(f"{target}: {best.problem}; {remedy}")
+    for renderable in _report(best, best.step, c, target, work):
         console.print(renderable)
     return plans
 
@@ -132,8 +128,7 @@ def _plan(way: TrainConfig, c: Config, target: Hardware, sizes: dict[str, int], 
         step.memory.weights + step.memory.optimizer,
         step.collectives,
     )
-    limit = search.USABLE * target.chip.memory_bytes / target.chip.devices
-    host_limit = target.chip.host_bytes / target.chip.devices
+    limit, host_limit = search.USABLE * target.device_memory, target.device_host_memory
     problem = ""
     if step.memory.total > limit:
         problem = f"needs {step.memory.total / _GIB:.1f} GiB a device, usable are {limit / _GIB:.1f}"
@@ -155,17 +150,17 @@ def _line(plan: Plan) -> str:
     )
 
 
-def _report(plan: Plan, target: Hardware, work: Work) -> Iterable[Any]:
+def _report(plan: Plan, step: ahead.Compiled, c: Config, target: Hardware, work: Work) -> Iterable[Any]:
     """The best way in full."""
-    estimate = plan.estimate
-    if plan.step is not None:
-        memory = Table("memory of a device", "GiB")
-        for field in dataclasses.fields(ahead.Memory):
-            memory.add_row(field.name, f"{getattr(plan.step.memory, field.name) / _GIB:.2f}")
-        memory.add_row("total, without host", f"{plan.step.memory.total / _GIB:.2f}")
-        yield memory
-        yield _collectives(plan.step.collectives)
-        yield from _warnings(plan)
+    memory, estimate = Table("memory of a device", "GiB"), plan.estimate
+    for field in dataclasses.fields(ahead.Memory):
+        memory.add_row(field.name, f"{getattr(step.memory, field.name) / _GIB:.2f}")
+    memory.add_row("total, without host", f"{step.memory.total / _GIB:.2f}")
+    yield memory
+    yield _collectives(step.collectives)
+    yield from _warnings(step.collectives, plan.sizes)
+    if narrow := sharding.narrow_parts(c.sizes(), plan.sizes):
+        yield f"warning: {narrow}"
     seconds = Table("of a step", "seconds")
     for name in ("matmul_s", "attention_s", "memory_s", "wire_s", "fastest_s", "slowest_s", "step_s"):
         seconds.add_row(name, f"{getattr(estimate, name):.3f}")
@@ -190,18 +185,16 @@ def _collectives(found: list[Collective]) -> Table:
     return table
 
 
-def _warnings(plan: Plan) -> Iterable[str]:
-    assert plan.step is not None
+def _warnings(found: list[Collective], sizes: Mapping[str, int]) -> Iterable[str]:
+    """What the compiler reduces whole although each device keeps a part alone."""
     large = [
-        one
-        for one in plan.step.collectives
-        if one.kind == "all-reduce" and one.payload_bytes > _LARGE_REDUCE and one.group != plan.sizes["tensor"]
+        one.payload_bytes
+        for one in found
+        if one.kind == "all-reduce" and one.payload_bytes > _LARGE_REDUCE and one.group != sizes["tensor"]
     ]
-    if large and plan.sizes["fsdp"] > 1:
-        size = max(one.payload_bytes for one in large) / 2**20
+    if large and sizes["fsdp"] > 1:
         yield (
-            f"warning: {len(large)} all-reduces of up to {size:,.0f} MiB where a reduce-scatter would do; TPU "
-            "compilers reduce a weight's gradient whole where hidden_size / mesh.fsdp is below 128, and often above"
+            f"warning: {len(large)} all-reduces of up to {max(large) / 2**20:,.0f} MiB where a reduce-scatter would do"
         )
 
 

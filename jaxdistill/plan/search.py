@@ -32,7 +32,6 @@ class Candidate:
     config: TrainConfig
     sizes: dict[str, int]  # of the mesh
     estimate: roofline.Estimate
-    expected_bytes: float  # on one device
 
 
 def candidates(
@@ -47,12 +46,10 @@ def candidates(
     for sizes, step in _meshes(config, c, hardware.devices, device):
         for remat in typing.get_args(Remat):
             way = dataclasses.replace(config, mesh=MeshConfig(**sizes), step=dataclasses.replace(step, remat=remat))
-            needed = _expected_bytes(c, way, sizes)
-            if needed > USABLE * hardware.chip.memory_bytes / hardware.chip.devices:
+            if _expected_bytes(c, way, sizes) > USABLE * hardware.device_memory:
                 too_large += 1
                 continue
-            estimate = of(way, c, hardware, sizes, document_tokens)
-            found.append(Candidate(way, sizes, estimate, needed))
+            found.append(Candidate(way, sizes, of(way, c, hardware, sizes, document_tokens)))
     if not found:
         raise UserError(
             f"no mesh of {hardware} holds {config.batch_rows} rows of {config.row_tokens} at a time: "
@@ -102,8 +99,8 @@ def _expected_bytes(c: Config, config: TrainConfig, sizes: dict[str, int]) -> fl
     """Of one device: state and gradients, what is saved of each layer, and a layer's weights gathered twice."""
     shards = sizes["fsdp"] * sizes["tensor"]
     positions = config.row_tokens // sizes["context"]
-    gradients = 4 * weights.count(decoder.template(c)) / shards
-    state = _state_bytes(c, config) / shards + gradients
+    gradients = 4 * weights.count(decoder.template(c))
+    state = (_state_bytes(c, config) + gradients) / shards
     saved = c.layers * positions * c.embed * 2 * _SAVED_WIDTHS[config.step.remat]
     gathered = 2 * 2 * max(c.matmul_weights[0] / c.layers, c.matmul_weights[1]) / sizes["tensor"]
     return state + saved + gathered

@@ -15,6 +15,7 @@ from jaxdistill import sharding
 from jaxdistill.models.attention import REFERENCE, Attention, Backend, blockwise, cudnn, splash
 from jaxdistill.models.attention.packed import packed_attention, query_order
 from jaxdistill.models.remat import Remat, saving
+from jaxdistill.plan import ahead
 
 # The documents of each row. Blocks are 16 queries by 16 keys, from rows of 128 on by 32.
 ROWS = {
@@ -113,13 +114,7 @@ def test_shards_of_a_row_together_are_the_row(shards: int, monkeypatch: pytest.M
 
 def count(primitive: str, jaxpr: Any) -> int:
     """How often operations whose name begins so stand in a program."""
-    found = 0
-    for equation in jaxpr.eqns:
-        found += equation.primitive.name.startswith(primitive)
-        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
-            inner = getattr(value, "jaxpr", value)
-            found += count(primitive, inner) if hasattr(inner, "eqns") else 0
-    return found
+    return sum(equation.primitive.name.startswith(primitive) for equation in ahead.equations(jaxpr))
 
 
 @pytest.mark.parametrize(("backend", "kernel"), [("splash", "pallas_call"), ("cudnn", "dot_product_attention")])
