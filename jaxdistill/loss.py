@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxdistill.sharding import STORAGE, spec
+from jaxdistill.sharding import GATHERED_OVER_CONTEXT, STORAGE, spec
 
 _CHUNK_LOGITS = 16 * 1024 * 1024  # logits alive at once on a device: 64 MiB in float32
 
@@ -43,12 +43,14 @@ cross_entropy_sum.defvjp(_forward, _backward)
 
 
 def _over_chunks(x: Array, w: Array, targets: Array, weights: Array, gradients: bool) -> tuple[Array, ...]:
-    gathered = jax.sharding.reshard(w.astype(x.dtype), jax.P(*spec("V"), None))
+    gathered = w.astype(x.dtype)
+    for layout in (spec("VD", GATHERED_OVER_CONTEXT), spec("VD")):
+        gathered = jax.sharding.reshard(gathered, layout)
     token = spec("BT")
     outputs = (jax.P(), spec("BTD"), spec("VD", STORAGE)) if gradients else (jax.P(),)
     return jax.shard_map(
         functools.partial(_local, gradients=gradients),
-        in_specs=(spec("BTD"), jax.P(*spec("V"), None), token, token),
+        in_specs=(spec("BTD"), spec("VD"), token, token),
         out_specs=outputs,
         check_vma=False,
     )(x, gathered, targets, weights)
@@ -91,5 +93,6 @@ def _local(x: Array, w: Array, targets: Array, weights: Array, gradients: bool) 
     if not gradients:
         return (loss,)
     dx = dx.reshape(-1, x.shape[-1])[:tokens].reshape(x.shape)
-    dw = jax.lax.psum_scatter(dw, "fsdp", scatter_dimension=1, tiled=True)
-    return loss, dx, jax.lax.psum(dw, ("data", "context"))
+    for axis in ("fsdp", "context"):
+        dw = jax.lax.psum_scatter(dw, axis, scatter_dimension=1, tiled=True)
+    return loss, dx, jax.lax.psum(dw, "data")

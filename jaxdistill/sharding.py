@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ class MeshConfig:
 
     data: int | None = None  # replicas of the weights, the batch is split; by default what the other axes leave
     fsdp: int = 1  # weights and batch are split (ZeRO-3)
-    context: int = 1  # the positions of a row are split
+    context: int = 1  # the positions of a row are split, and the weights further
     tensor: int = 1  # heads, mlp and vocabulary are split (Megatron)
 
     def __post_init__(self):
@@ -65,7 +66,13 @@ class MeshConfig:
 
 
 # A letter that is absent from a table is replicated.
-STORAGE: Mapping[str, str] = {"V": "tensor", "D": "fsdp", "F": "tensor", "N": "tensor", "K": "tensor"}
+STORAGE: Mapping[str, MeshAxes] = {
+    "V": "tensor",
+    "D": ("fsdp", "context"),
+    "F": "tensor",
+    "N": "tensor",
+    "K": "tensor",
+}
 COMPUTE: Mapping[str, MeshAxes] = {
     "B": ("data", "fsdp"),
     "T": "context",
@@ -74,6 +81,7 @@ COMPUTE: Mapping[str, MeshAxes] = {
     "K": "tensor",
     "V": "tensor",
 }
+GATHERED_OVER_CONTEXT: Mapping[str, MeshAxes] = {**STORAGE, "D": "fsdp"}  # on the way from storage to compute
 # Every device along these axes sees other tokens, so a weight's gradient is summed over them.
 TOKEN_AXES = frozenset({"data", "fsdp", "context"})
 
@@ -94,13 +102,37 @@ def relayout(x: jax.Array, dims: str) -> jax.Array:
 
 
 def gather(weight: jax.Array, dims: str, dtype: Any) -> jax.Array:
-    """A stored weight in compute layout: cast first, so that half the bytes travel, then gathered over fsdp.
+    """A stored weight in compute layout: cast first, so that half the bytes travel, then gathered.
 
-    The results are marked `reduced`, which makes the gradient arrive as per-device partial sums. On its way back it is
-    reduce-scattered over fsdp, and only then, in storage layout, all-reduced over the other axes with other tokens.
+    First a device's part over context, then the larger parts over fsdp: those are what TPUs want to be wide
+    (`narrow_parts`). The results are marked `reduced`, which makes the gradient arrive as per-device partial sums. On
+    its way back it is reduce-scattered over fsdp, what is left of it over context, and only then, in storage layout,
+    all-reduced over data.
+
+    The gathers are written out, for the sake of the gradient: what is left to the partitioner is spelled as an
+    all-reduce of which a part is kept, and the TPU's compiler makes reduce-scatters of only some of those again.
     """
-    stored = jax.sharding.reshard(weight.astype(dtype), jax.P(*spec(dims, STORAGE), reduced=TOKEN_AXES - {"fsdp"}))
-    return jax.sharding.reshard(stored, jax.P(*spec(dims), reduced=TOKEN_AXES))
+
+    axes = _axes(STORAGE["D"])
+    stored = jax.P(*spec(dims, STORAGE), reduced=TOKEN_AXES.difference(axes))
+    gathered = jax.P(*spec(dims), reduced=TOKEN_AXES)
+    weight = jax.sharding.reshard(weight.astype(dtype), stored)
+    sizes = jax.sharding.get_abstract_mesh().shape
+    if all(sizes[axis] == 1 for axis in axes):  # nothing travels; jax 0.10 fails to lower a shard_map over one device
+        return jax.sharding.reshard(weight, gathered)
+
+    def local(w: jax.Array) -> jax.Array:
+        for axis in reversed(axes):
+            w = jax.lax.all_gather(w, axis, axis=dims.index("D"), tiled=True, to="reduced")
+        return w
+
+    moved: Any = jax.shard_map(local, in_specs=stored, out_specs=gathered)(weight)
+    return moved
+
+
+def _axes(entry: MeshAxes) -> tuple[str, ...]:
+    """The mesh axes of a table's entry."""
+    return (entry,) if isinstance(entry, str) else entry or ()
 
 
 def replicate(x: jax.Array) -> jax.Array:
@@ -114,11 +146,11 @@ def check_divisible(sizes: Mapping[str, int], mesh: Mapping[str, int]) -> None:
     Raises:
       UserError: a size is not a multiple of the devices it is split over.
     """
-    problems = [
-        f"{letter} = {size} is not a multiple of {mesh[axis]} ({axis})"
-        for letter, size in sizes.items()
-        if (axis := STORAGE.get(letter)) and size % mesh[axis]
-    ]
+    problems = []
+    for letter, size in sizes.items():
+        axes = _axes(STORAGE.get(letter))
+        if size % (parts := math.prod(mesh[axis] for axis in axes)):
+            problems.append(f"{letter} = {size} is not a multiple of {parts} ({' x '.join(axes)})")
     if problems:
         raise UserError(f"the mesh {dict(mesh)} does not fit: {'; '.join(problems)} (letters: docs/shapes.md)")
 
@@ -127,7 +159,8 @@ def narrow_parts(sizes: Mapping[str, int], mesh: Mapping[str, int]) -> str | Non
     """What to know before TPUs run: parts of D below a vector register's 128 lanes are not gathered but all-reduced.
 
     Seen in programs compiled for v5p: the compiler pads each part to the whole weight and adds the parts up, twice the
-    bytes of a gather. D alone is gathered; other dimensions are computed where they are stored.
+    bytes of a gather. D alone is gathered; other dimensions are computed where they are stored. Parts over context may
+    be narrow: they are put together first, and hold a device's share over fsdp alone.
     """
     part = sizes["D"] // mesh["fsdp"]
     if mesh["fsdp"] == 1 or part >= _LANES:
@@ -167,16 +200,13 @@ def check_replicas(tree: Any, what: str) -> None:
     """
     mesh = jax.sharding.get_mesh()
     for path, x in jax.tree.leaves_with_path(tree):
-        over = tuple(axis for axis in MESH_AXES if mesh.shape[axis] > 1 and axis not in _axes(x.sharding.spec))
+        split = {axis for entry in x.sharding.spec for axis in _axes(entry)}
+        over = tuple(axis for axis in MESH_AXES if mesh.shape[axis] > 1 and axis not in split)
         if over and not bool(_copies_agree(x, over)):
             raise RunError(
                 f"{what}{jax.tree_util.keystr(path)}: devices along {' and '.join(over)} should hold the same values "
                 "and do not; the hosts of this job read different files (compare them), or one of them is faulty"
             )
-
-
-def _axes(layout: jax.P) -> set[str]:
-    return {axis for entry in layout if entry for axis in ((entry,) if isinstance(entry, str) else entry)}
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -14,9 +14,9 @@ _TABLE, _TOKENS, _ROWS = spec("VD", STORAGE), spec("BT"), spec("BTD")
 
 
 def lookup(table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
-    """Token embeddings, cast to `dtype`; the table stays in storage layout, V over tensor and D over fsdp.
+    """Token embeddings, cast to `dtype`; the table stays in storage layout, V over tensor, D over fsdp and context.
 
-    Devices that share rows of the batch over fsdp tell each other their token ids. Each looks all of them up in its
+    Devices that share tokens over fsdp and context tell each other their ids. Each looks all of them up in its
     slice, tokens outside its part of the vocabulary give 0 and the parts are added up; then slices of D are exchanged
     for the device's own tokens. Moved are [B, T, D] in `dtype`, where gathering the table would move [V, D].
 
@@ -47,20 +47,27 @@ _lookup.defvjp(_forward, _backward)
 
 
 def _local_rows(table: Array, tokens: Array) -> Array:
-    """Which row of this device's part of the table each token of its fsdp group is; one past the end if in no row."""
+    """Which row of this device's part of the table each token of its group is; one past the end if in no row.
+
+    A group is of the devices that share tokens, over fsdp and context.
+    """
     V = table.shape[0]
-    rows = jax.lax.all_gather(tokens, "fsdp", axis=0, tiled=True) - jax.lax.axis_index("tensor") * V
+    for axis, dim in (("context", 1), ("fsdp", 0)):
+        tokens = jax.lax.all_gather(tokens, axis, axis=dim, tiled=True)
+    rows = tokens - jax.lax.axis_index("tensor") * V
     return jnp.where((rows >= 0) & (rows < V), rows, V)
 
 
 def _look_up(table: Array, tokens: Array, dtype: Any) -> Array:
     found = table.at[_local_rows(table, tokens)].get(mode="fill", fill_value=0).astype(dtype)
     found = jax.lax.psum(found, "tensor")  # exact: all but one of the addends are 0
+    found = jax.lax.all_to_all(found, "context", split_axis=1, concat_axis=2, tiled=True)
     return jax.lax.all_to_all(found, "fsdp", split_axis=0, concat_axis=2, tiled=True)
 
 
 def _add_up(table: Array, tokens: Array, g: Array) -> Array:
     """The gradient of this device's part of the table; of the table itself only shape and dtype are used."""
     g = jax.lax.all_to_all(g, "fsdp", split_axis=2, concat_axis=0, tiled=True)
+    g = jax.lax.all_to_all(g, "context", split_axis=2, concat_axis=1, tiled=True)
     sums = jnp.zeros(table.shape, jnp.float32).at[_local_rows(table, tokens)].add(g.astype(jnp.float32), mode="drop")
-    return jax.lax.psum(sums, ("data", "context")).astype(table.dtype)
+    return jax.lax.psum(sums, "data").astype(table.dtype)

@@ -70,6 +70,7 @@ def devices(hardware: Hardware) -> Sequence[Any]:
         raise UserError(f"{hardware}: the planner compiles for TPUs so far; expected one, as in v5p:4x8x8")
     jax.config.update("jax_platforms", "cpu")  # what is here does not matter, and must not be taken from others
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server is asked what TPU this is
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no TPU is used, so two planners may compile at a time
     name = f"{hardware.chip.topology}:{'x'.join(map(str, hardware.shape))}"
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=name).devices

@@ -1,8 +1,6 @@
 """What a training step sends between devices, counted in a model whose weights outweigh its activations.
 
 Counted in the HLO right after partitioning: later the CPU's own passes turn bfloat16 collectives into float32 ones.
-For gradients that the partitioner itself reduces, a reduce-scatter is spelled there as an all-reduce over fsdp, of a
-whole weight, of which each device keeps its part; TPUs and GPUs make one of the two again.
 """
 
 from typing import Any
@@ -36,6 +34,7 @@ MESHES = [
     {"tensor": 8},
     {"data": 2, "fsdp": 4},
     {"fsdp": 4, "context": 2},
+    {"data": 4, "context": 2},
     {"fsdp": 4, "tensor": 2},
     {"fsdp": 2, "context": 2, "tensor": 2},
 ]
@@ -62,34 +61,38 @@ def step(
     return sizes, [c for c in found if c.group > 1 and c.payload_bytes > activations]
 
 
-def test_weights_are_gathered_over_fsdp_in_bfloat16_and_the_embedding_never(step: Any):
+def hops(sizes: dict[str, int]) -> list[tuple[str, int]]:
+    """Axes that weights are gathered over, last first, and how many devices each share of a weight is split over."""
+    found = [("fsdp", sizes["tensor"]), ("context", sizes["tensor"] * sizes["fsdp"])]
+    return [(axis, shares) for axis, shares in found if sizes[axis] > 1]
+
+
+def test_weights_are_gathered_axis_by_axis_in_bfloat16_and_the_embedding_never(step: Any):
     sizes, found = step
     gathers = [c for c in found if c.kind == "all-gather"]
-    if sizes["fsdp"] == 1:
-        assert not gathers
-        return
-    assert {(c.dtype, c.group) for c in gathers} == {("bf16", sizes["fsdp"])}
-    heads = [c for c in gathers if c.payload_bytes == 2 * TABLE // sizes["tensor"]]
-    assert len(heads) == 1, "the loss gathers the head; the lookup leaves its table, which is as large, where it is"
-    rest = sum(c.payload_bytes for c in gathers) - heads[0].payload_bytes
-    assert rest <= 2 * 2 * MATRICES // sizes["tensor"], (
-        "each matrix once for the forward and once for the backward pass"
-    )
+    assert {(c.dtype, c.group) for c in gathers} == {("bf16", sizes[axis]) for axis, _ in hops(sizes)}
+    for group in {c.group for c in gathers}:
+        moved = [c.payload_bytes for c in gathers if c.group == group]
+        shares = [parts for axis, parts in hops(sizes) if sizes[axis] == group]
+        heads = [2 * TABLE // parts for parts in shares]
+        assert all(moved.count(head) == 1 for head in heads), "of the loss; the lookup's table stays where it is"
+        of_layer = sum(moved) - sum(heads)
+        assert of_layer <= sum(2 * 2 * MATRICES // parts for parts in shares), "for the forward and the backward pass"
 
 
-def test_gradients_are_scattered_over_fsdp_and_only_parts_of_them_cross_other_axes(step: Any):
+def test_gradients_are_scattered_axis_by_axis_and_only_parts_of_them_cross_data(step: Any):
     """Matrices' gradients travel in bfloat16; the head's and the embedding's, added up in float32, in that."""
     sizes, found = step
     reductions = [c for c in found if c.kind in ("reduce-scatter", "all-reduce")]
     assert {c.kind for c in found} <= {"all-gather", "reduce-scatter", "all-reduce"}
     expected = {"bf16": 0, "f32": 0}
-    if sizes["fsdp"] > 1:  # the lookup's gradient needs no reduction here: tokens travel to the parts of the table
-        expected["bf16"] += 2 * MATRICES // sizes["tensor"]
-        expected["f32"] += 4 * TABLE // sizes["tensor"]
-    if sizes["data"] * sizes["context"] > 1:
-        expected["bf16"] += 2 * MATRICES // (sizes["tensor"] * sizes["fsdp"])
-        expected["f32"] += 2 * 4 * TABLE // (sizes["tensor"] * sizes["fsdp"])
+    for _, shares in hops(sizes):  # the lookup's gradient is not among them: tokens travel to the parts of the table
+        expected["bf16"] += 2 * MATRICES // shares
+        expected["f32"] += 4 * TABLE // shares
+    if sizes["data"] > 1:
+        shares = sizes["tensor"] * sizes["fsdp"] * sizes["context"]
+        expected["bf16"] += 2 * MATRICES // shares
+        expected["f32"] += 2 * 4 * TABLE // shares
     moved = {dtype: sum(c.payload_bytes for c in reductions if c.dtype == dtype) for dtype in expected}
     assert moved == expected
-    whole = [c for c in reductions if c.payload_bytes > 4 * TABLE // (sizes["tensor"] * sizes["fsdp"])]
-    assert all(c.kind == "reduce-scatter" and c.group == sizes["fsdp"] for c in whole)
+    assert {c.group for c in reductions if c.kind == "all-reduce"} == ({sizes["data"]} - {1})

@@ -64,7 +64,7 @@ def test_state_comes_back_on_any_mesh(phase: Path, sizes: dict[str, int]):
         expected = new_state()
         assert position == {"at": 6}
         assert int(state.step) == 6
-        assert state.params.embed.sharding.spec == jax.P("tensor", "fsdp")
+        assert state.params.embed.sharding.spec == jax.P("tensor", ("fsdp", "context"))
         assert dict(state.params.embed.sharding.mesh.shape) == tiny.ONE_DEVICE | sizes
         found, wanted = comparable(state), comparable(dataclasses.replace(expected, step=expected.step + 6))
         jax.tree.map(np.testing.assert_array_equal, found, wanted)

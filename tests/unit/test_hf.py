@@ -116,7 +116,7 @@ def test_weights_are_the_same_on_every_mesh(folder: Path, tmp_path: Path):
     expected = load(folder)
     with tiny.mesh(fsdp=4, tensor=2):
         params, _ = hf.load(folder)
-        assert params.embed.sharding.spec == jax.P("tensor", "fsdp")
+        assert params.embed.sharding.spec == jax.P("tensor", ("fsdp", "context"))
         jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), expected)
         hf.save(tmp_path / "export", params, HF)
     jax.tree.map(np.testing.assert_array_equal, load(tmp_path / "export"), expected)

@@ -19,8 +19,8 @@ def test_every_axis_of_the_tables_is_on_the_mesh():
 
 def test_spec_follows_the_letters():
     assert sharding.spec("BTD") == jax.P(("data", "fsdp"), "context", None)
-    assert sharding.spec("VD", sharding.STORAGE) == jax.P("tensor", "fsdp")
-    assert sharding.spec("LDNH", sharding.STORAGE) == jax.P(None, "fsdp", "tensor", None)
+    assert sharding.spec("VD", sharding.STORAGE) == jax.P("tensor", ("fsdp", "context"))
+    assert sharding.spec("LDNH", sharding.STORAGE) == jax.P(None, ("fsdp", "context"), "tensor", None)
 
 
 def test_einsum_lays_its_result_out_by_the_letters():
@@ -32,9 +32,9 @@ def test_einsum_lays_its_result_out_by_the_letters():
         np.testing.assert_array_equal(out, 16.0)
 
 
-def test_gradient_of_a_gathered_weight_is_scattered_over_fsdp_before_it_is_reduced_further():
-    """ZeRO-3: only a device's own part crosses the other axes (tests/mesh counts the bytes)."""
-    with tiny.mesh(data=2, fsdp=4) as mesh:
+def test_gradient_of_a_gathered_weight_is_scattered_axis_by_axis_before_it_is_reduced_further():
+    """ZeRO-3: only a device's own part crosses `data` (tests/mesh counts the bytes)."""
+    with tiny.mesh(data=2, fsdp=2, context=2) as mesh:
         w = jax.device_put(
             np.ones((16, 8), np.float32), jax.sharding.NamedSharding(mesh, sharding.spec("DF", sharding.STORAGE))
         )
@@ -47,12 +47,15 @@ def test_gradient_of_a_gathered_weight_is_scattered_over_fsdp_before_it_is_reduc
         gradient = lowered.compile()(w, x)
         assert gradient.sharding.spec == w.sharding.spec
         np.testing.assert_array_equal(gradient, 32.0)
-        *_, parts, scattered, stored = [
-            line for line in lowered.as_text().splitlines() if "sharding_constraint" in line
-        ]
+        steps = ("sharding_constraint", "manual_computation", "reduce_scatter")
+        lines = [line for line in lowered.as_text().splitlines() if any(step in line for step in steps)]
+        *_, parts, own, over_fsdp, over_context, stored = lines
         assert '[{}, {"tensor"}], unreduced={"data", "fsdp", "context"}' in parts
-        assert '[{"fsdp"}, {"tensor"}], unreduced={"data", "context"}' in scattered
-        assert '[{"fsdp"}, {"tensor"}]' in stored
+        assert 'out_shardings=[<@mesh, [{"fsdp", "context"}, {"tensor"}], unreduced={"data"}>]' in own
+        assert "reduce_scatter" in over_fsdp
+        assert "[[0, 2], [1, 3], [4, 6], [5, 7]]" in over_fsdp
+        assert "[[0, 1], [2, 3], [4, 5], [6, 7]]" in over_context
+        assert '[{"fsdp", "context"}, {"tensor"}]' in stored
         assert "unreduced" not in stored
 
 
@@ -62,13 +65,15 @@ def test_misfits_are_named_together():
         sharding.check_divisible(sizes, tiny.ONE_DEVICE | {"fsdp": 4, "tensor": 2})
     assert "N = 3 is not a multiple of 2 (tensor)" in str(caught.value)
     assert "V" not in str(caught.value).split("fit:")[1].split("(letters")[0]
+    with pytest.raises(UserError, match=r"D = 16 is not a multiple of 32 \(fsdp x context\)"):
+        sharding.check_divisible(sizes, tiny.ONE_DEVICE | {"fsdp": 8, "context": 4})
     sharding.check_divisible(sizes, tiny.ONE_DEVICE)
 
 
 def test_parts_too_narrow_for_a_tpu():
     sizes = {"V": 152064, "D": 8192, "F": 29568}
     for fsdp in (1, 64):
-        assert sharding.narrow_parts(sizes, tiny.ONE_DEVICE | {"fsdp": fsdp, "tensor": 4}) is None
+        assert sharding.narrow_parts(sizes, tiny.ONE_DEVICE | {"fsdp": fsdp, "context": 4}) is None
     warning = sharding.narrow_parts(sizes, tiny.ONE_DEVICE | {"fsdp": 256})
     assert warning is not None
     assert warning.startswith("mesh.fsdp 256 leaves 32 of D = 8192 on a device;")
