@@ -84,8 +84,11 @@ def _tpus(hardware: Hardware) -> Sequence[Any]:
     return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
 
 
-def compile_step(config: TrainConfig, c: Config, mesh: jax.sharding.Mesh) -> Compiled:
+def compile_step(config: TrainConfig, c: Config, mesh: jax.sharding.Mesh, documents: int | None = None) -> Compiled:
     """Compiles the step of a run's first phase, the very one that training runs, for the devices of a mesh.
+
+    Args:
+      documents: of a row at most, its padding counted as one.
 
     Raises:
       UserError: the mesh does not split the rows or the model evenly, or attention has no backend there.
@@ -93,6 +96,8 @@ def compile_step(config: TrainConfig, c: Config, mesh: jax.sharding.Mesh) -> Com
     """
     device = mesh.devices.flat[0]
     attention = check_fits(config, c, dict(mesh.shape), device)
+    if documents:
+        attention = dataclasses.replace(attention, segments=documents)
     with jax.set_mesh(mesh):
         template, phase = decoder.template(c), config.phases[0].optim
         optimizer = optim.make(phase, config.phases[0].steps or 1000, template)
