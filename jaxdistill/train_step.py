@@ -99,7 +99,9 @@ def check_memory(config: StepConfig, memories: Collection[str]) -> None:
     Raises:
       UserError: they lack the host's.
     """
-    asked = ["step.offload_moments"] * config.offload_moments + [f"step.remat {config.remat}"] * config.remat.startswith("offload")
+    asked = ["step.offload_moments"] * config.offload_moments + [
+        f"step.remat {config.remat}"
+    ] * config.remat.startswith("offload")
     if asked and HOST_MEMORY not in memories:
         raise UserError(
             f"{' and '.join(asked)}: the host's memory {HOST_MEMORY} was expected, but these devices reach "
