@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from jaxdistill.models.config import Rope
 from jaxdistill.sharding import einsum, gather, spec
 
-_STRETCH = 32_768  # positions of a row on one device that the MLP works on at a time
+_STRETCH = 16_384  # positions on one device that the MLP works on at a time, where rows are more than twice as long
 
 
 def rms_norm(x: Float[Array, "*dims C"], scale: Float[Array, " C"], eps: float) -> Float[Array, "*dims C"]:
@@ -94,7 +94,7 @@ def by_stretches(f: Callable[..., Array], x: Float[Array, "B T D"], *weights: Ar
     """f(x, *weights), which treats each position by itself: one stretch of a very long row after the other.
 
     So what f computes on its way is never held for more than `_STRETCH` positions; the backward pass computes it
-    again. Gradients of the weights are added up in float32: a scan adds them up in the dtype of what it is given.
+    again, whatever the remat policy would keep. Gradients of the weights are added up in float32: a scan adds them up in the dtype of what it is given.
     Rows that do not come apart evenly stay whole.
     """
     shards = jax.sharding.get_abstract_mesh().shape["context"]
@@ -117,6 +117,8 @@ def by_stretches(f: Callable[..., Array], x: Float[Array, "B T D"], *weights: Ar
 
 
 def _pieces(positions: int) -> int:
-    """Into how many even stretches a device's positions of a row are cut: as few as go, of at most `_STRETCH`."""
+    """Into how many even stretches a device's positions of a row are cut."""
+    if positions <= 2 * _STRETCH:
+        return 1
     fewest = -(-positions // _STRETCH)
     return next((n for n in range(fewest, 32 * fewest) if positions % n == 0), 1)
