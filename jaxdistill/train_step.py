@@ -99,7 +99,8 @@ def check_memory(config: StepConfig, memories: Collection[str]) -> None:
     Raises:
       UserError: they lack the host's.
     """
-    asked = ["step.offload_moments"] * config.offload_moments + ["step.remat offload"] * (config.remat == "offload")
+    asked = ["step.offload_moments"] * config.offload_moments
+    asked += [f"step.remat {config.remat}"] * config.remat.startswith("offload")
     if asked and HOST_MEMORY not in memories:
         raise UserError(
             f"{' and '.join(asked)}: the host's memory {HOST_MEMORY} was expected, but these devices reach "

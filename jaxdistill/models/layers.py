@@ -1,6 +1,7 @@
 """The layers that the model families share."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,7 +10,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxdistill.models.config import Rope
-from jaxdistill.sharding import einsum, gather
+from jaxdistill.sharding import einsum, gather, spec
+
+_STRETCH = 16_384  # positions on one device that the MLP works on at a time, where rows are more than twice as long
 
 
 def rms_norm(x: Float[Array, "*dims C"], scale: Float[Array, " C"], eps: float) -> Float[Array, "*dims C"]:
@@ -78,6 +81,44 @@ def _yarn_range(rope: Rope, head_dim: int) -> tuple[float, float]:
 
 def swiglu(x: Float[Array, "B T D"], w: Any) -> Float[Array, "B T D"]:
     """The gated MLP of Llama and Qwen; `w` is a block with w_gate, w_up and w_down."""
-    gate = einsum("BTD,DF->BTF", x, gather(w.w_gate, "DF", x.dtype))
-    up = einsum("BTD,DF->BTF", x, gather(w.w_up, "DF", x.dtype))
-    return einsum("BTF,FD->BTD", jax.nn.silu(gate) * up, gather(w.w_down, "FD", x.dtype))
+
+    def mlp(x: Array, w_gate: Array, w_up: Array, w_down: Array) -> Array:
+        gate, up = einsum("BTD,DF->BTF", x, w_gate), einsum("BTD,DF->BTF", x, w_up)
+        return einsum("BTF,FD->BTD", jax.nn.silu(gate) * up, w_down)
+
+    gathered = (gather(w.w_gate, "DF", x.dtype), gather(w.w_up, "DF", x.dtype), gather(w.w_down, "FD", x.dtype))
+    return by_stretches(mlp, x, *gathered)
+
+
+def by_stretches(f: Callable[..., Array], x: Float[Array, "B T D"], *weights: Array) -> Float[Array, "B T E"]:
+    """f(x, *weights), which treats each position by itself: one stretch of a very long row after the other.
+
+    So what f computes on its way is never held for more than `_STRETCH` positions; the backward pass computes it
+    again, whatever the remat policy would keep. Gradients of the weights are added up in float32: a scan adds them up in the dtype of what it is given.
+    Rows that do not come apart evenly stay whole.
+    """
+    shards = jax.sharding.get_abstract_mesh().shape["context"]
+    B, T, D = x.shape
+    pieces = _pieces(T // shards)
+    if pieces == 1:
+        return f(x, *weights)
+    wide = [w.astype(jnp.float32) for w in weights]
+
+    @jax.checkpoint
+    def stretch(x: Array, wide: list[Array]) -> Array:
+        return f(x, *(w.astype(x.dtype) for w in wide))
+
+    # [B, T, D] -> [pieces, B, T / pieces, D], each device's positions for themselves
+    split = jax.lax.reshape(x, (B, shards, pieces, T // shards // pieces, D), out_sharding=spec("BTstD"))
+    xs = jax.lax.reshape(jnp.moveaxis(split, 2, 0), (pieces, B, T // pieces, D), out_sharding=spec("sBTD"))
+    _, ys = jax.lax.scan(lambda _, x: (None, stretch(x, wide)), None, xs)
+    split = jax.lax.reshape(ys, (pieces, B, shards, T // shards // pieces, ys.shape[-1]), out_sharding=spec("sBTtD"))
+    return jax.lax.reshape(jnp.moveaxis(split, 0, 2), (B, T, ys.shape[-1]), out_sharding=spec("BTD"))
+
+
+def _pieces(positions: int) -> int:
+    """Into how many even stretches a device's positions of a row are cut."""
+    if positions <= 2 * _STRETCH:
+        return 1
+    fewest = -(-positions // _STRETCH)
+    return next((n for n in range(fewest, 32 * fewest) if positions % n == 0), 1)

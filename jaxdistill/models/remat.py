@@ -9,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxdistill.models.attention import OUTPUT_NAME
 from jaxdistill.sharding import HOST_MEMORY
 
-Remat = Literal["full", "attention", "offload", "matmuls", "none"]
+Remat = Literal["full", "attention", "offload", "offload_inputs", "matmuls", "none"]
 Layer = Callable[[Any, Any], tuple[Any, Any]]  # hidden states, weights -> hidden states, what the scan stacks
 
 _INPUT_NAME = "layer_input"
@@ -23,6 +23,7 @@ def saving(policy: Remat, layer: Layer) -> Layer:
     | full | the layer's input | D | the whole layer |
     | attention | also attention's output and log-sums | D + N H, N | all but attention |
     | offload | the same, in the host's memory | 0; on the host D + N H, N | all but attention |
+    | offload_inputs | the layer's input, in the host's memory | 0; on the host D | the whole layer |
     | matmuls | also the results of the projections | 2 D + 2 (N + K) H + 2 F, N | norms, rotations, activations |
     | none | everything | | nothing |
 
@@ -40,12 +41,17 @@ def saving(policy: Remat, layer: Layer) -> Layer:
     kept = {
         "full": policies.nothing_saveable,
         "attention": attention,
-        "offload": policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=[],
-            names_which_can_be_offloaded=[_INPUT_NAME, OUTPUT_NAME],
-            offload_src="device",
-            offload_dst=HOST_MEMORY,
-        ),
+        "offload": _on_host(_INPUT_NAME, OUTPUT_NAME),
+        "offload_inputs": _on_host(_INPUT_NAME),
         "matmuls": policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, attention),
     }[policy]
     return jax.checkpoint(named, policy=kept)
+
+
+def _on_host(*names: str) -> Any:
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=list(names),
+        offload_src="device",
+        offload_dst=HOST_MEMORY,
+    )

@@ -18,7 +18,7 @@ from jaxdistill.data.packing import Batch
 from jaxdistill.errors import UserError
 from jaxdistill.models import decoder
 from jaxdistill.models.config import Config
-from jaxdistill.plan import collectives
+from jaxdistill.plan import collectives, cuda
 from jaxdistill.plan.collectives import Collective
 from jaxdistill.plan.hardware import Hardware
 from jaxdistill.train import TrainConfig, check_fits
@@ -66,47 +66,60 @@ def devices(hardware: Hardware) -> Sequence[Any]:
     Raises:
       UserError: its compiler is not installed, or knows no such shape.
     """
-    if hardware.chip.platform != "tpu":
-        raise UserError(f"{hardware}: the planner compiles for TPUs so far; expected one, as in v5p:4x8x8")
     jax.config.update("jax_platforms", "cpu")  # what is here does not matter, and must not be taken from others
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server is asked what TPU this is
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no TPU is used, so two planners may compile at a time
-    name = f"{hardware.chip.topology}:{'x'.join(map(str, hardware.shape))}"
+    platform = hardware.chip.platform
+    extra, of_platform = {"tpu": ("tpu", _tpus), "cuda": ("cuda13", cuda.devices)}[platform]
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        return of_platform(hardware)
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"{hardware}: this installation cannot compile for it ({str(error).splitlines()[0]}); "
-            "pip install 'jaxdistill[tpu]' brings the compiler, no device is needed"
+            f"pip install 'jaxdistill[{extra}]' brings the compiler, no device is needed"
         ) from None
 
 
-def compile_step(config: TrainConfig, c: Config, mesh: jax.sharding.Mesh) -> Compiled:
+def _tpus(hardware: Hardware) -> Sequence[Any]:
+    name = f"{hardware.chip.topology}:{'x'.join(map(str, hardware.shape))}"
+    return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+
+
+def compile_step(config: TrainConfig, c: Config, mesh: jax.sharding.Mesh, documents: int | None = None) -> Compiled:
     """Compiles the step of a run's first phase, the very one that training runs, for the devices of a mesh.
+
+    Args:
+      documents: of a row at most, its padding counted as one.
 
     Raises:
       UserError: the mesh does not split the rows or the model evenly, or attention has no backend there.
       DoesNotFitError: the compiler ran out of a device's memory.
     """
-    attention = check_fits(config, c, dict(mesh.shape), mesh.devices.flat[0])
+    device = mesh.devices.flat[0]
+    attention = check_fits(config, c, dict(mesh.shape), device)
+    if documents:
+        attention = dataclasses.replace(attention, segments=documents)
     with jax.set_mesh(mesh):
         template, phase = decoder.template(c), config.phases[0].optim
         optimizer = optim.make(phase, config.phases[0].steps or 1000, template)
         dtype, average = jnp.dtype(phase.state_dtype), phase.average_decay > 0
         state = abstract_state(template, optimizer, dtype, average, config.step.offload_moments)
         step: Any = make_step(config.step, attention, c, optimizer, phase.average_decay)
+        platform, on_host = device.platform, config.step.offload_moments
+        if platform == "gpu":
+            platform, step = "cuda", cuda.with_moments_on_host(step) if on_host else step
         traced = step.trace(state, _batch(config))
         started = time.perf_counter()
         try:
-            compiled = traced.lower(lowering_platforms=(mesh.devices.flat[0].platform,)).compile()
+            compiled = traced.lower(lowering_platforms=(platform,)).compile()
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             raise DoesNotFitError(_needed(str(error))) from None
         seconds = time.perf_counter() - started
-        on_device, on_host = saved_bytes(traced.jaxpr.jaxpr, c.layers)
+        saved = saved_bytes(traced.jaxpr.jaxpr, c.layers)
         return Compiled(
-            memory=_memory(state, compiled.memory_analysis(), on_device, on_host),
+            memory=_memory(state, compiled.memory_analysis(), saved, on_host),
             collectives=collectives.read(compiled.as_text()),
             compile_s=seconds,
         )
@@ -125,20 +138,20 @@ def _needed(message: str) -> float | None:
     return float(found[1]) * 2.0 ** (10 * ("KMGT".index(found[2]) + 1)) if found else None
 
 
-def _memory(state: State, analysis: Any, saved: int, saved_on_host: int) -> Memory:
+def _memory(state: State, analysis: Any, saved: tuple[int, int], moments_on_host: bool) -> Memory:
     def held(tree: Any) -> int:
-        leaves = [x for x in jax.tree.leaves(tree) if x.sharding.memory_kind != sharding.HOST_MEMORY]
-        return sum(device_bytes(x, x.sharding.spec) for x in leaves)
+        return sum(device_bytes(x, x.sharding.spec) for x in jax.tree.leaves(tree))
 
     arguments, outputs = analysis.argument_size_in_bytes, analysis.output_size_in_bytes
     total = arguments + analysis.temp_size_in_bytes + outputs - analysis.alias_size_in_bytes
-    of_weights, of_optimizer = held(state.params), held((state.opt_state, state.average))
+    on_device, on_host = saved
+    of_weights, of_optimizer = held(state.params), held((None if moments_on_host else state.opt_state, state.average))
     return Memory(
         weights=of_weights,
         optimizer=of_optimizer,
-        saved=saved,
-        temporaries=total - of_weights - of_optimizer - saved,
-        host=max(saved_on_host, analysis.host_temp_size_in_bytes) + analysis.host_argument_size_in_bytes,
+        saved=on_device,
+        temporaries=total - of_weights - of_optimizer - on_device,
+        host=max(on_host, analysis.host_temp_size_in_bytes) + analysis.host_argument_size_in_bytes,
     )
 
 
@@ -153,12 +166,18 @@ def device_bytes(x: Any, spec: jax.P) -> int:
 def saved_bytes(jaxpr: Any, layers: int) -> tuple[int, int]:
     """What the forward pass over the layers stacks up for the backward pass: bytes on a device and on its host."""
     scans = (e for e in equations(jaxpr) if e.primitive.name == "scan" and e.params["length"] == layers)
-    outputs = (e.outvars[e.params["num_carry"] :] for e in scans)
-    stacked = next(some for some in outputs if some)  # accumulation in as many pieces is a scan too, but stacks nothing
+    stacked = next(filter(None, map(_stacked, scans)))  # accumulation in as many pieces is a scan too, but stacks none
     held = {False: 0, True: 0}
-    for aval in (variable.aval for variable in stacked):
+    for aval in stacked:
         held[aval.memory_space == jax.memory.Space.Host] += device_bytes(aval, aval.sharding.spec)
     return held[False], held[True]
+
+
+def _stacked(scan: Any) -> list[Any]:
+    """What a scan puts out for each of its rounds; how its carry is told from that differs between versions of jax."""
+    body = getattr(scan.params["jaxpr"], "jaxpr", scan.params["jaxpr"])
+    pairs = ((outer.aval, inner.aval) for outer, inner in zip(scan.outvars, body.outvars, strict=True))
+    return [outer for outer, inner in pairs if outer.ndim > inner.ndim]
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:

@@ -17,6 +17,7 @@ _TRIPS = re.compile(r'"?known_trip_count"?:\{"?n"?:"?(\d+)"?\}')
 _CONSTANT = re.compile(r"%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)")
 _BOUND = re.compile(r"ROOT .* compare\(%?[\w.\-]+, %?([\w.\-]+)\), direction=LT")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
+_IN_TWO_SIZES = ("all-gather", "reduce-scatter", "collective-permute")  # before and after, of one device
 _CALLERS = ("call", "conditional", "fusion", "async-start")
 
 
@@ -107,15 +108,27 @@ def _split(instruction: str) -> tuple[str, str]:
 
 def _collective(kind: str, result: str, instruction: str, times: int) -> Collective:
     sizes = [(_bytes(dtype, dims), dtype) for dtype, dims in _SHAPE.findall(result)]
-    if "-start(" in instruction and kind in ("all-gather", "reduce-scatter", "collective-permute"):
-        # The result of a start is (operands, results, ...): the larger half is the whole array
-        payload, dtype = max(sizes)
-    else:
-        payload, dtype = sum(size for size, _ in sizes), max(sizes)[1]
+    payload, dtype = sum(size for size, _ in sizes), max(sizes)[1]
+    if "-start(" in instruction and (result.startswith("((") or kind in _IN_TWO_SIZES):
+        # The result of a start is (operands, results, ...), each a tuple if several are sent as one: whole arrays are
+        # the larger of the two
+        payload = max(sum(_bytes(*shape) for shape in _SHAPE.findall(part)) for part in _elements(result)[:2])
     group = _group_size(instruction)
     if kind == "reduce-scatter" and "-start(" not in instruction:
         payload *= group
     return Collective(kind, payload, group, dtype, times)
+
+
+def _elements(tuple_type: str) -> list[str]:
+    """The elements of a tuple's type: "((f32[2], s32[]), f32[4])" -> ["(f32[2], s32[])", "f32[4]"]."""
+    depth, elements = 0, [""]
+    for letter in tuple_type[1:-1]:
+        depth += (letter in "({[") - (letter in ")}]")
+        if letter == "," and depth == 0:
+            elements.append("")
+        else:
+            elements[-1] += letter
+    return elements
 
 
 def _bytes(dtype: str, dims: str) -> int:

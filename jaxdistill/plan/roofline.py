@@ -33,6 +33,7 @@ RECOMPUTED: Mapping[Remat, tuple[float, float]] = {
     "full": (1, 1),
     "attention": (1, 0),
     "offload": (1, 0),
+    "offload_inputs": (1, 1),
     "matmuls": (0, 0),
     "none": (0, 0),
 }

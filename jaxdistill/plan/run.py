@@ -30,6 +30,7 @@ class PlanConfig:
     hardware: str = ""  # v5p:4x8x8, v5e:4x4, v6e:8x8, tpu7x:4x4x4, Google's names of them (v5p-512), h100x8
     tokens: int | None = None  # positions of all rows of all steps; by default the recipe's, where its data is here
     document_tokens: float | None = None  # document length averaged over tokens; by default the data's, or a row's
+    documents: int | None = None  # of a row at most, its padding counted as one; memory of cudnn grows with them
     search: bool = False  # over meshes and remat policies, instead of the recipe's own
     compiled: int = 3  # ways that a search is after: it compiles, as formulas rank them, until so many fit
 
@@ -81,7 +82,7 @@ def main(config: PlanConfig) -> list[Plan]:
         ways, wanted = [(train, train.mesh.sizes(devices))], 1
     plans: list[Plan] = []
     for way, sizes in ways:
-        plans.append(_plan(way, c, target, sizes, devices, work))
+        plans.append(_plan(way, c, target, sizes, devices, work, config.documents))
         console.print(_line(plans[-1]))
         if sum(not plan.problem for plan in plans) == wanted:
             break
@@ -113,9 +114,17 @@ def work_of(config: PlanConfig, base: Path, c: Config) -> Work:
     return Work(config.tokens, attended, f"tokens {told}; documents {of_documents}")
 
 
-def _plan(way: TrainConfig, c: Config, target: Hardware, sizes: dict[str, int], devices: Any, work: Work) -> Plan:
+def _plan(
+    way: TrainConfig,
+    c: Config,
+    target: Hardware,
+    sizes: dict[str, int],
+    devices: Any,
+    work: Work,
+    documents: int | None,
+) -> Plan:
     try:
-        step = ahead.compile_step(way, c, way.mesh.build(devices))
+        step = ahead.compile_step(way, c, way.mesh.build(devices), documents)
     except ahead.DoesNotFitError as error:
         return Plan(way, sizes, None, search.of(way, c, target, sizes, work.document_tokens), str(error))
     estimate = roofline.estimate(

@@ -22,7 +22,14 @@ from jaxdistill.train_step import StepConfig
 USABLE = 0.92  # of a device's memory: the rest goes to the runtime and to fragments
 _MAX_TENSOR, _MAX_CONTEXT = 8, 16  # beyond these the wire is all that a step waits for
 # Saved by a layer, in widths of the model: for ranking only, the compiler tells the truth
-_SAVED_WIDTHS: Mapping[Remat, int] = {"full": 1, "attention": 2, "offload": 0, "matmuls": 9, "none": 20}
+_SAVED_WIDTHS: Mapping[Remat, int] = {
+    "full": 1,
+    "attention": 2,
+    "offload": 0,
+    "offload_inputs": 0,
+    "matmuls": 9,
+    "none": 20,
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -52,6 +52,7 @@ def test_loops_count_as_often_as_they_run():
     assert {c.times for c in found} == {15}
 
 
+# As XLA writes for GPUs: several small gathers in one, each start with its operands and its results
 TEXT = """HloModule jit_step, is_scheduled=true
 
 %async_computation (p: bf16[16,8]) -> bf16[128,8] {
@@ -73,6 +74,10 @@ TEXT = """HloModule jit_step, is_scheduled=true
 
 ENTRY %main (x: bf16[16,8]) -> bf16[16,8] {
   %w = (s32[], bf16[16,8]) while(%i), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"80"}}
+  %some = ((bf16[4,8]{1,0}, s8[2]{0}), (bf16[32,8]{1,0}, s8[16]{0})) all-gather-start(%p), replica_groups=[1,8]<=[8]
+  %some-done = (bf16[32,8]{1,0}, s8[16]{0}) all-gather-done(%some)
+  %parts = ((bf16[16,8]{0,1}), bf16[16,1]{0,1}) reduce-scatter-start(%p, %q), replica_groups={{0,1,2,3,4,5,6,7}}
+  %sums = ((bf16[1176]{0}), bf16[1176]{0}) all-reduce-start(%r), replica_groups=mesh['data'=1,'fsdp'=8] {'fsdp'}
   %s = (f32[8]{0}, bf16[4]{0}) all-reduce(%a, %b), replica_groups=mesh['x'=8,'y'=4], device_ids=([4,8]T(1,0)) {'x','y'}
   %shift = bf16[4,4]{1,0} collective-permute(%c), channel_id=5, source_target_pairs={{0,1},{1,0}}
   ROOT %out = bf16[16,8]{1,0} get-tuple-element(%loop), index=1
@@ -86,11 +91,14 @@ def test_the_spellings_of_tpus_and_gpus():
         Collective("all-gather", 128 * 8 * 2, 8, "bf16", 80),
         Collective("reduce-scatter", 2 * 8 * 4 * 4, 4, "f32", 80),
         Collective("all-gather", 32 * 4, 8, "f32", 80),
+        Collective("all-gather", 32 * 8 * 2 + 16, 8, "bf16", 1),
+        Collective("reduce-scatter", 16 * 8 * 2, 8, "bf16", 1),
+        Collective("all-reduce", 1176 * 2, 8, "bf16", 1),
         Collective("all-reduce", 8 * 4 + 4 * 2, 32, "f32", 1),
         Collective("collective-permute", 32, 2, "bf16", 1),
     ]
-    assert found[3].wire_bytes == pytest.approx(40 * 2 * 31 / 32)
-    assert found[4].wire_bytes == 32
+    assert found[6].wire_bytes == pytest.approx(40 * 2 * 31 / 32)
+    assert found[7].wire_bytes == 32
 
 
 def test_a_loop_tells_its_rounds_by_its_condition_and_an_asynchronous_collective_counts_once():

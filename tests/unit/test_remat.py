@@ -21,6 +21,7 @@ IN_LAYER = {
     "full": {"device": D},
     "attention": {"device": D + NH + 2 * N},
     "offload": {"pinned_host": D + NH + 2 * N},
+    "offload_inputs": {"pinned_host": D},
     "matmuls": {"device": 2 * D + 2 * (NH + KH) + 2 * F + 2 * N},
 }
 

@@ -79,10 +79,13 @@ def version_of(package: str) -> str | None:
 
 
 def cudnn_version() -> int | None:
-    """The version of cuDNN as it counts itself (9.6.0 is 90600), None where jax has no CUDA."""
+    """The version of cuDNN as it counts itself (9.6.0 is 90600), None where jax has no CUDA or CUDA no cuDNN."""
     from jax._src.lib import cuda_versions
 
-    return cuda_versions.cudnn_get_version() if cuda_versions else None
+    try:
+        return cuda_versions.cudnn_get_version() if cuda_versions else None
+    except RuntimeError:  # "cuDNN not found."
+        return None
 
 
 def check(
