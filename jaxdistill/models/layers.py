@@ -1,15 +1,31 @@
 """The layers that the model families share."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxdistill.models.config import Rope
 from jaxdistill.sharding import einsum, gather
+
+PROJECTION_NAME = "projection"  # remat policies know a projection's result by this name
+Projection = Callable[[str, Array, Array], Array]  # as `projection`; models/quantized.py has others
+
+
+def projection(equation: str, x: Array, w: Array) -> Array:
+    """Activations times a stored weight, which is gathered in their dtype, by an equation such as "BTD,DF->BTF"."""
+    return checkpoint_name(matmul(equation, x, w), PROJECTION_NAME)
+
+
+def matmul(equation: str, x: Array, w: Array) -> Array:
+    """As `projection`, and linear in `w` for jax too."""
+    dims = equation.split("->")[0].split(",")[1]
+    return einsum(equation, x, gather(w, dims, x.dtype))
 
 
 def rms_norm(x: Float[Array, "*dims C"], scale: Float[Array, " C"], eps: float) -> Float[Array, "*dims C"]:
@@ -76,8 +92,7 @@ def _yarn_range(rope: Rope, head_dim: int) -> tuple[float, float]:
     return low, high + 0.001 if low == high else high
 
 
-def swiglu(x: Float[Array, "B T D"], w: Any) -> Float[Array, "B T D"]:
+def swiglu(x: Float[Array, "B T D"], w: Any, project: Projection) -> Float[Array, "B T D"]:
     """The gated MLP of Llama and Qwen; `w` is a block with w_gate, w_up and w_down."""
-    gate = einsum("BTD,DF->BTF", x, gather(w.w_gate, "DF", x.dtype))
-    up = einsum("BTD,DF->BTF", x, gather(w.w_up, "DF", x.dtype))
-    return einsum("BTF,FD->BTD", jax.nn.silu(gate) * up, gather(w.w_down, "FD", x.dtype))
+    gate, up = project("BTD,DF->BTF", x, w.w_gate), project("BTD,DF->BTF", x, w.w_up)
+    return project("BTF,FD->BTD", jax.nn.silu(gate) * up, w.w_down)

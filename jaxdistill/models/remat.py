@@ -7,6 +7,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxdistill.models.attention import OUTPUT_NAME
+from jaxdistill.models.layers import PROJECTION_NAME
 from jaxdistill.sharding import HOST_MEMORY
 
 Remat = Literal["full", "attention", "offload", "matmuls", "none"]
@@ -36,16 +37,15 @@ def saving(policy: Remat, layer: Layer) -> Layer:
         return layer(checkpoint_name(x, _INPUT_NAME), w)
 
     policies = jax.checkpoint_policies
-    attention = policies.save_only_these_names(OUTPUT_NAME)
     kept = {
         "full": policies.nothing_saveable,
-        "attention": attention,
+        "attention": policies.save_only_these_names(OUTPUT_NAME),
         "offload": policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[],
             names_which_can_be_offloaded=[_INPUT_NAME, OUTPUT_NAME],
             offload_src="device",
             offload_dst=HOST_MEMORY,
         ),
-        "matmuls": policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, attention),
+        "matmuls": policies.save_only_these_names(OUTPUT_NAME, PROJECTION_NAME),
     }[policy]
     return jax.checkpoint(named, policy=kept)
