@@ -1,6 +1,7 @@
 """The mesh, and the tables that say which tensor dimension lives on which mesh axis. Legend: docs/shapes.md."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType
 
-from jaxdistill.errors import UserError
+from jaxdistill.errors import RunError, UserError
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
 _LANES = 128  # elements in a row of a TPU's vector registers
@@ -154,3 +155,37 @@ def row_order(length: int, shards: int) -> np.ndarray:
 def put(x: Any, dims: str) -> jax.Array:
     """A host array on the devices of the current mesh, laid out as an activation with these letters."""
     return jax.device_put(x, jax.sharding.NamedSharding(jax.sharding.get_mesh(), spec(dims)))
+
+
+def check_replicas(tree: Any, what: str) -> None:
+    """Compares the copies that devices hold of the same part of an array: hosts may have read different files.
+
+    Nothing in jax looks: each host hands over what its own devices hold, and a step with unequal copies runs, wrongly.
+
+    Raises:
+      RunError: copies differ; all processes of the job raise it together.
+    """
+    mesh = jax.sharding.get_mesh()
+    for path, x in jax.tree.leaves_with_path(tree):
+        over = tuple(axis for axis in MESH_AXES if mesh.shape[axis] > 1 and axis not in _axes(x.sharding.spec))
+        if over and not bool(_copies_agree(x, over)):
+            raise RunError(
+                f"{what}{jax.tree_util.keystr(path)}: devices along {' and '.join(over)} should hold the same values "
+                "and do not; the hosts of this job read different files (compare them), or one of them is faulty"
+            )
+
+
+def _axes(layout: jax.P) -> set[str]:
+    return {axis for entry in layout if entry for axis in ((entry,) if isinstance(entry, str) else entry)}
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _copies_agree(x: jax.Array, over: tuple[str, ...]) -> jax.Array:
+    """Whether checksums of the parts are the same along these axes, for all parts."""
+
+    def local(part: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(part, jnp.dtype(f"uint{8 * part.dtype.itemsize}")).astype(jnp.uint32)
+        sum_ = jnp.sum(bits.ravel() * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1))  # order counts; modulo 2^32
+        return jax.lax.pmin(jax.lax.pmax(sum_, over) == jax.lax.pmin(sum_, over), MESH_AXES)
+
+    return jax.shard_map(local, out_specs=jax.P(), check_vma=False)(x)

@@ -319,7 +319,11 @@ class Run:
             )
             for number in range(start + 1, steps + 1):
                 batch, ids = next(batches)
-                state, values = train_step(state, place(batch, config.step.accumulate))
+                placed = place(batch, config.step.accumulate)
+                if number == start + 1:
+                    sharding.check_replicas(state.params, "weights")
+                    sharding.check_replicas(placed, "batch")
+                state, values = train_step(state, placed)
                 steps_log.add(number, values, self._facts(batch), ids)
                 if number % config.save_every == 0 or number == steps:
                     steps_log.settle()  # a state is saved only after its loss was seen to be finite

@@ -6,121 +6,142 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import pytest
 import tiny
 
-from jaxdistill import metrics
 from jaxdistill.checkpoint import load_model
 
 SIZES: dict[str, Any] = {"vocab_size": 264, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
 HF, C = tiny.hf_config("qwen2", **SIZES), tiny.config("qwen2", **SIZES)
-STEPS = 14
+STEPS = {"first": 5, "second": 9}  # of each phase
 CHILD = """
 import os, signal, sys, threading, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import jax
 jax.config.update("jax_platforms", "cpu")
-from jaxdistill import metrics, optim, train
+jax.config.update("jax_num_cpu_devices", 2)
+from jaxdistill import metrics, optim, sharding, train
 from jaxdistill.checkpoint import Checkpoints
 from jaxdistill.train_step import StepConfig
 workdir, model, examples = map(Path, sys.argv[2:5])
-at, during = int(sys.argv[5]), sys.argv[6]
+phase_to_die_in, at, during, steps = sys.argv[5], int(sys.argv[6]), sys.argv[7], eval(sys.argv[8])
+now = None  # the phase that is being trained
 
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
-write, save = metrics.MetricsLog.write, Checkpoints.save
+def due(step):
+    return (now, step) == (phase_to_die_in, at)
+
+one_phase, write, save = train.Run.one_phase, metrics.MetricsLog.write, Checkpoints.save
+def entered(self, stage, model):
+    global now
+    now = stage.name
+    return one_phase(self, stage, model)
 def logged(self, step, **values):
     write(self, step, **values)
-    if during == "step" and step == at:
+    if during == "step" and due(step):
         die()
 def watch():
-    while not list((workdir / "sft" / "checkpoints").glob(f"{at}.*tmp*")):  # an unfinished checkpoint
+    while not list((workdir / now / "checkpoints").glob(f"{at}.*tmp*")):  # an unfinished checkpoint
         time.sleep(0)
     die()
 def saved(self, step, *arguments):
-    if during == "save" and step == at:
+    if during == "save" and due(step):
         threading.Thread(target=watch, daemon=True).start()
     save(self, step, *arguments)
-    if during == "save" and step == at:
+    if during == "save" and due(step):
         time.sleep(60)
-metrics.MetricsLog.write, Checkpoints.save = logged, saved
-phase = train.Phase(name="sft", examples=examples, steps=int(sys.argv[7]), optim=optim.OptimConfig(peak_lr=1e-2))
-train.main(train.TrainConfig(workdir=workdir, model=model, phases=(phase,), row_tokens=128, batch_rows=2,
+train.Run.one_phase, metrics.MetricsLog.write, Checkpoints.save = entered, logged, saved
+phases = tuple(train.Phase(name=name, examples=examples, steps=n, optim=optim.OptimConfig(peak_lr=1e-2))
+               for name, n in steps.items())
+train.main(train.TrainConfig(workdir=workdir, model=model, phases=phases, row_tokens=128, batch_rows=4,
+                             mesh=sharding.MeshConfig(fsdp=2),
                              step=StepConfig(accumulate=2, compute_dtype="float32", neftune_alpha=5.0), save_every=3,
                              seed=5))
 """
 
 
-def run_child(workdir: Path, model: Path, examples: Path, at: int, during: str, cache: Path) -> int:
+class Kill(NamedTuple):
+    """When a process dies: at a step of a phase, once its metrics are written or while it is being saved."""
+
+    phase: str
+    step: int
+    during: str
+
+
+NEVER = Kill("", 0, "never")
+
+
+def run_child(workdir: Path, model: Path, examples: Path, kill: Kill, cache: Path) -> int:
     """One training process; returns its exit status."""
-    words = [str(Path(__file__).parents[2]), str(workdir), str(model), str(examples), str(at), during, str(STEPS)]
+    words = [Path(__file__).parents[2], workdir, model, examples, *kill, STEPS]
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)}
-    environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, *words], env=environment, capture_output=True, text=True, timeout=300
-    )
+    environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1", "XLA_FLAGS": ""}
+    command = [sys.executable, "-c", CHILD, *map(str, words)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode in (0, -signal.SIGKILL), done.stderr
     return done.returncode
 
 
-def newest(workdir: Path) -> int:
-    """The newest checkpoint that was written whole; 0 if there is none."""
-    folder = workdir / "sft" / "checkpoints"
-    return max((int(path.name) for path in folder.glob("*") if path.name.isdigit()), default=0)
+def newest(folder: Path) -> int:
+    """The newest checkpoint of a phase that was written whole; 0 if there is none."""
+    return max((int(path.name) for path in (folder / "checkpoints").glob("*") if path.name.isdigit()), default=0)
 
 
-def starts_anew(before: dict[str, float] | None, row: dict[str, float]) -> bool:
-    """Whether a row of metrics is the first of a call: the steps before it are not those it continues."""
-    return before is None or row["step"] != before["step"] + 1
+def losses(folder: Path) -> list[tuple[int, float]]:
+    """Step and loss as they were written, repetitions included."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [(row["step"], row["loss"]) for row in map(json.loads, lines) if "loss" in row]
 
 
 @pytest.mark.soak
 def test_killed_and_restarted_run_gives_the_same_losses(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, full_size: bool
 ):
-    """SIGKILL before the first checkpoint, between two, and while one is being written; NEFTune noise and all.
+    """SIGKILL before the first checkpoint, while one is being written, between two phases and later; two devices.
 
     At full size it is killed at every step and during every save.
     """
     model = tiny.write_folder(tmp_path / "hf", HF, tiny.values(C), C, with_tokenizer=True)
     examples = tiny.write_examples(tmp_path / "examples.jsonl", 24)
     cache = tmp_path_factory.mktemp("xla")
-    assert run_child(tmp_path / "whole", model, examples, 0, "never", cache) == 0
-    expected = {row["step"]: row["loss"] for row in metrics.read(tmp_path / "whole" / "sft") if "loss" in row}
-    assert list(expected) == list(range(1, STEPS + 1))
-    assert len(set(expected.values())) == STEPS
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run_child(whole, model, examples, NEVER, cache) == 0
+    expected = {phase: dict(losses(whole / phase)) for phase in STEPS}
+    assert {phase: list(found) for phase, found in expected.items()} == {
+        phase: list(range(1, steps + 1)) for phase, steps in STEPS.items()
+    }
+    assert len({loss for found in expected.values() for loss in found.values()}) == sum(STEPS.values())
 
-    kills = [(2, "step"), (5, "step"), (9, "save"), (13, "step")]
+    kills = [Kill("first", 2, "step"), Kill("second", 1, "step"), Kill("second", 6, "save"), Kill("second", 8, "step")]
     if full_size:
-        kills = [
-            (at, during) for at in range(1, STEPS) for during in ("step", "save") if during == "step" or at % 3 == 0
-        ]
-    whole_saves: list[int] = []  # newest whole checkpoint before each start
-    for at, during in kills:
-        whole_saves.append(newest(tmp_path / "killed"))
-        assert run_child(tmp_path / "killed", model, examples, at, during, cache) == -signal.SIGKILL, (at, during)
-        if during == "save":
-            left = {path.name for path in (tmp_path / "killed" / "sft" / "checkpoints").iterdir()}
-            assert str(at) not in left
-            assert any(name.startswith(f"{at}.") for name in left), left
-    whole_saves.append(newest(tmp_path / "killed"))
-    assert run_child(tmp_path / "killed", model, examples, 0, "never", cache) == 0
+        every = [Kill(phase, at, "step") for phase, steps in STEPS.items() for at in range(1, steps)]
+        kills = sorted([*every, *(kill._replace(during="save") for kill in every if kill.step % 3 == 0)])
+    starts: dict[str, list[int]] = {phase: [] for phase in STEPS}  # the first step of each call that trains a phase
+    for kill in [*kills, NEVER]:
+        for phase in [name for name in STEPS if name <= (kill.phase or "second")]:
+            if (found := newest(killed / phase)) < STEPS[phase]:
+                starts[phase].append(found + 1)
+        assert run_child(killed, model, examples, kill, cache) == (0 if kill is NEVER else -signal.SIGKILL), kill
+        if kill.during == "save":
+            left = {path.name for path in (killed / kill.phase / "checkpoints").iterdir()}
+            assert str(kill.step) not in left
+            assert any(name.startswith(f"{kill.step}.") for name in left), left
 
-    lines = (tmp_path / "killed" / "sft" / "metrics.jsonl").read_text().splitlines()
-    rows = [row for row in map(json.loads, lines) if "loss" in row]
-    starts = [row["step"] for before, row in zip([None, *rows], rows, strict=False) if starts_anew(before, row)]
-    assert starts == [step + 1 for step in whole_saves], "each call goes on after the newest whole checkpoint"
-    assert whole_saves[-1] >= 9, "a save waits for the one before"
-    assert {row["step"] for row in rows} == expected.keys()
-    assert [row["loss"] for row in rows] == [expected[row["step"]] for row in rows], "bit for bit"
-    with tiny.mesh():
-        whole, _ = load_model(tmp_path / "whole" / "sft")
-        killed, _ = load_model(tmp_path / "killed" / "sft")
-    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(killed), strict=True):
-        np.testing.assert_array_equal(a, b)
+    for phase in STEPS:
+        rows = losses(killed / phase)
+        follows = zip([0, *(step for step, _ in rows)], rows, strict=False)
+        first = [step for before, (step, _) in follows if step != before + 1 or before == 0]
+        assert first == starts[phase], "each call goes on after the newest whole checkpoint"
+        assert [loss for _, loss in rows] == [expected[phase][step] for step, _ in rows], "bit for bit"
+        with tiny.mesh():
+            undisturbed, _ = load_model(whole / phase)
+            resumed, _ = load_model(killed / phase)
+        for a, b in zip(jax.tree.leaves(undisturbed), jax.tree.leaves(resumed), strict=True):
+            np.testing.assert_array_equal(a, b)

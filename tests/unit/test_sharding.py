@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from jaxdistill import sharding
-from jaxdistill.errors import UserError
+from jaxdistill.errors import RunError, UserError
 
 
 def test_every_axis_of_the_tables_is_on_the_mesh():
@@ -84,3 +84,19 @@ def test_row_order_gives_each_shard_a_chunk_of_either_end(shards: int):
         assert order[0].tolist() == [*range(16 // shards // 2), *range(16 - 16 // shards // 2, 16)]
     work = (order + 1).sum(axis=1)  # keys that the queries of a document as long as the row see
     assert len(set(work)) == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32"])
+def test_copies_that_differ_are_found(dtype: str):
+    """On one device of those that hold the same rows, two values have changed places."""
+    with tiny.mesh(data=2, context=2, tensor=2) as mesh:
+        layout = jax.sharding.NamedSharding(mesh, sharding.spec("BT"))
+        good = jax.device_put(np.arange(32).reshape(4, 8).astype(dtype), layout)
+        sharding.check_replicas({"tokens": good}, "batch")
+        parts = [np.array(shard.data) for shard in good.addressable_shards]
+        parts[5][0, :2] = parts[5][0, 1::-1]
+        places = [shard.device for shard in good.addressable_shards]
+        arrays = [jax.device_put(part, place) for part, place in zip(parts, places, strict=True)]
+        bad = jax.make_array_from_single_device_arrays(good.shape, layout, arrays)
+        with pytest.raises(RunError, match=r"batch\['tokens'\]: devices along tensor should hold the same"):
+            sharding.check_replicas({"other": good, "tokens": bad}, "batch")
