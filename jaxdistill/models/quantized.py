@@ -74,20 +74,20 @@ def projection_in(matmul_dtype: MatmulDtype) -> Projection:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _project(matmul_dtype: str, equation: str, x: Array, w: Array) -> Array:
+    return _forward(matmul_dtype, equation, x, w)[0]
+
+
+def _forward(matmul_dtype: str, equation: str, x: Array, w: Array) -> tuple[Array, tuple[Array, ...]]:
     x_dims, w_dims, out_dims = equation.replace("->", ",").split(",")
     x8, x_scale = _quantize(matmul_dtype, x, x_dims, out_dims)
     w8, w_scale = _gathered(matmul_dtype, w, w_dims, out_dims)
-    return (_product(equation, x8, w8, x.dtype) * x_scale * w_scale).astype(x.dtype)
+    out = (_product(equation, x8, w8, x.dtype) * x_scale * w_scale).astype(x.dtype)
+    return out, (x, w, w8, w_scale)  # what is gathered to compute this again is gathered once for the backward pass
 
 
-def _forward(matmul_dtype: str, equation: str, x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _project(matmul_dtype, equation, x, w), (x, w)
-
-
-def _backward(matmul_dtype: str, equation: str, residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    x, w = residuals
+def _backward(matmul_dtype: str, equation: str, residuals: tuple[Array, ...], g: Array) -> tuple[Array, Array]:
+    x, w, w8, w_scale = residuals
     x_dims, w_dims, out_dims = equation.replace("->", ",").split(",")
-    w8, w_scale = _gathered(matmul_dtype, w, w_dims, out_dims)
     g8, g_scale = _quantize(matmul_dtype, g * w_scale, out_dims, x_dims)
     # The highest precision: cuBLAS otherwise adds up products of float8 in less than float32
     dx = _product(f"{out_dims},{w_dims}->{x_dims}", g8, w8, x.dtype, precision="highest")
