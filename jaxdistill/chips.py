@@ -12,6 +12,8 @@ class Chip:
     platform: str  # of jax: "tpu" or "cuda"
     device_kind: str  # what jax calls its devices, or a part of it
     bf16_flops: float  # FLOP/s, dense
+    float8_flops: float | None = None  # FLOP/s, dense, where it is faster than bf16
+    int8_flops: float | None = None  # the same; of GPUs it is left out: float8 is as fast there, and more accurate
     memory_bytes: float  # that programs can use
     memory_bandwidth: float  # bytes/s
     link_bandwidth: float  # bytes/s within a slice or a node, over all links
@@ -21,6 +23,10 @@ class Chip:
     devices: int = 1  # of jax in one chip
     usd_per_hour: float | None = None  # on demand, list price of 2025; prices differ by region and contract
 
+    def flops(self, matmul_dtype: str) -> float:
+        """FLOP/s in "float8" or "int8", of bfloat16 where it has none of its own for them, and for "compute"."""
+        return {"float8": self.float8_flops, "int8": self.int8_flops}.get(matmul_dtype) or self.bf16_flops
+
 
 _GIB, _G, _T = 2.0**30, 1e9, 1e12
 _H100 = Chip(
@@ -28,6 +34,7 @@ _H100 = Chip(
     platform="cuda",
     device_kind="H100",
     bf16_flops=989.5 * _T,
+    float8_flops=1979 * _T,
     memory_bytes=79.1 * _GIB,
     memory_bandwidth=3350 * _G,
     link_bandwidth=450 * _G,
@@ -57,6 +64,7 @@ CHIPS: Mapping[str, Chip] = {
             device_kind="TPU v5 lite",
             topology="v5e",
             bf16_flops=197 * _T,
+            int8_flops=393 * _T,
             memory_bytes=15.75 * _GIB,
             memory_bandwidth=819 * _G,
             link_bandwidth=200 * _G,
@@ -70,6 +78,7 @@ CHIPS: Mapping[str, Chip] = {
             device_kind="TPU v5",  # after "TPU v5 lite", which contains it
             topology="v5",
             bf16_flops=459 * _T,
+            int8_flops=918 * _T,
             memory_bytes=95 * _GIB,
             memory_bandwidth=2765 * _G,
             link_bandwidth=600 * _G,
@@ -83,6 +92,7 @@ CHIPS: Mapping[str, Chip] = {
             device_kind="TPU v6",
             topology="v6e",
             bf16_flops=918 * _T,
+            int8_flops=1836 * _T,
             memory_bytes=31.24 * _GIB,
             memory_bandwidth=1640 * _G,
             link_bandwidth=400 * _G,
@@ -96,6 +106,7 @@ CHIPS: Mapping[str, Chip] = {
             device_kind="TPU7x",
             topology="tpu7x",
             bf16_flops=2307 * _T,
+            float8_flops=4614 * _T,
             memory_bytes=192 * _GIB,
             memory_bandwidth=7380 * _G,
             link_bandwidth=600 * _G,

@@ -1,4 +1,4 @@
-"""`jaxdistill doctor`: the versions and devices that jax finds on this machine, and which attention runs on them."""
+"""`jaxdistill doctor`: the versions and devices that jax finds here, which attention and matrix products they have."""
 
 import dataclasses
 import os
@@ -8,6 +8,7 @@ import jax
 
 from jaxdistill import manifest
 from jaxdistill.errors import RunError
+from jaxdistill.models import quantized
 from jaxdistill.models.attention import Backend, backends
 
 
@@ -34,6 +35,10 @@ def main(config: DoctorConfig) -> None:
         reason = backends.unavailable(backend, devices[0])
         state = f"not available: {reason}" if reason else f"available{', the default here' * (backend == own)}"
         print(f"step.attention {backend:10} {state}")
+    for matmul_dtype in get_args(quantized.MatmulDtype):
+        reason = quantized.unavailable(matmul_dtype, devices[0])
+        state = f"not available: {reason}" if reason else f"available: {quantized.describe(matmul_dtype, devices[0])}"
+        print(f"step.matmul_dtype {matmul_dtype:7} {state}")
     if own and not backends.unavailable(own, devices[0]):
         print(f"\nattention here: {backends.describe(own)}")
 

@@ -21,7 +21,7 @@ from jaxdistill.checkpoint import Checkpoints, base_of, fingerprint, keep_base, 
 from jaxdistill.data import chat, loader
 from jaxdistill.data.packing import Batch
 from jaxdistill.errors import UserError
-from jaxdistill.models import decoder
+from jaxdistill.models import decoder, quantized
 from jaxdistill.models.attention import Attention, backends
 from jaxdistill.models.config import Config
 from jaxdistill.models.context import ContextExtension
@@ -170,6 +170,8 @@ class Run:
         mesh = jax.sharding.get_mesh()
         sizes, device = dict(mesh.shape), mesh.devices.flat[0]
         attention = check_fits(config, self.c, sizes, device)
+        quantized.check(config.step.matmul_dtype, device)
+        self.projections = quantized.describe(config.step.matmul_dtype, device)
         self.template = decoder.template(self.c)
         check_memory(config.step, {memory.kind for memory in jax.local_devices()[0].addressable_memories()})
         self.tokenizer = chat.load_tokenizer(self.base)
@@ -224,8 +226,8 @@ class Run:
         heldout = [config.heldout] if config.heldout else []
         inputs = [self.base / "config.json", *(p.examples for p in config.phases), *heldout]
         origin = {name: self.stages[0].origin[name] for name in ("model", "context")}
-        attention = backends.describe(self.attention.backend)
-        facts = {**origin, "mfu_formula": metrics.MFU_FORMULA, "peak": self.peak_source, "attention": attention}
+        how = {"attention": backends.describe(self.attention.backend), "projections": self.projections}
+        facts = {**origin, "mfu_formula": metrics.MFU_FORMULA, "peak": self.peak_source, **how}
         manifest.write_manifest(self.workdir, "train", inputs, {}, phases=done, **facts)
         return done
 
@@ -289,6 +291,8 @@ class Run:
         )
         self.console.print(f"{metrics.MFU_FORMULA}; peak {self.peak / 1e9:,.0f} GFLOP/s ({self.peak_source})")
         self.console.print(f"attention: {backends.describe(self.attention.backend)}")
+        if self.config.step.matmul_dtype != "compute":
+            self.console.print(f"projections in {self.projections}; MFU counts against the peak above all the same")
 
     def _loop(
         self,

@@ -17,6 +17,7 @@ from jaxdistill.loss import cross_entropy_sum
 from jaxdistill.models import decoder
 from jaxdistill.models.attention import REFERENCE, Attention, Backend, ContextParallelism
 from jaxdistill.models.config import Config
+from jaxdistill.models.quantized import MatmulDtype, projection_in
 from jaxdistill.sharding import HOST_MEMORY
 
 _ROUNDING = 2**31 - 1  # folded into a step's key; pieces of a batch fold in their numbers
@@ -24,10 +25,11 @@ _ROUNDING = 2**31 - 1  # folded into a step's key; pieces of a batch fold in the
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepConfig:
-    """How a step is computed; apart from the noise and rounding, none of it changes the result."""
+    """How a step is computed; apart from noise and rounding, none of it changes the result."""
 
     accumulate: int = 1  # pieces a batch is worked off in, to save memory
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of activations; of weights: optim.state_dtype
+    matmul_dtype: MatmulDtype = "compute"  # of the layers' projections: float8 on H100, int8 on TPUs, with scales
     remat: decoder.Remat = "full"  # what the backward pass finds saved
     attention: Backend | None = None  # by default splash on TPUs, cudnn on GPUs, blockwise on CPUs
     context: ContextParallelism = "all_gather"  # how attention crosses mesh.context; ulysses within a node of GPUs
@@ -116,10 +118,11 @@ def loss_sum(
     remat: decoder.Remat,
     noise: Any,
     attention: Attention = REFERENCE,
+    matmul_dtype: MatmulDtype = "compute",
 ) -> Array:
     """Weighted negative log-likelihood of packed rows [B, T], summed over tokens."""
     rows = batch.tokens, batch.positions, batch.segments
-    x = decoder.hidden(params, *rows, c, dtype, remat, noise, attention)
+    x = decoder.hidden(params, *rows, c, dtype, remat, noise, attention, projection_in(matmul_dtype))
     return cross_entropy_sum(x, decoder.head(params), batch.targets, batch.weights)
 
 
@@ -154,7 +157,7 @@ def make_step(
     def piece_loss(params: decoder.Params, piece: Batch, key: PRNGKeyArray, total: Array) -> Array:
         alpha = config.neftune_alpha
         noise = neftune_noise(key, piece.lengths, alpha, c, dtype) if alpha else None
-        return loss_sum(params, piece, c, dtype, config.remat, noise, attention) / total
+        return loss_sum(params, piece, c, dtype, config.remat, noise, attention, config.matmul_dtype) / total
 
     def step(state: State, batch: Batch) -> tuple[State, dict[str, Array]]:
         total = jnp.maximum(jnp.sum(batch.weights), 1e-6)
@@ -187,7 +190,7 @@ def make_step(
 def make_heldout_loss(
     config: StepConfig, attention: Attention, c: Config
 ) -> Callable[[decoder.Params, Batch], tuple[Array, Array]]:
-    """The jitted (loss sum, weight sum) of one batch [B, T]."""
+    """The jitted (loss sum, weight sum) of one batch [B, T]; in compute dtype throughout, as the export is used."""
     dtype = jnp.dtype(config.compute_dtype)
 
     def sums(params: decoder.Params, batch: Batch) -> tuple[Array, Array]:

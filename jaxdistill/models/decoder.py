@@ -12,7 +12,7 @@ from jaxdistill.models import embedding
 from jaxdistill.models.attention import REFERENCE, Attention
 from jaxdistill.models.attention.packed import packed_attention
 from jaxdistill.models.config import Config
-from jaxdistill.models.layers import rms_norm, rope_angles
+from jaxdistill.models.layers import Projection, projection, rms_norm, rope_angles
 from jaxdistill.models.remat import Remat, saving
 from jaxdistill.sharding import einsum, gather
 from jaxdistill.weights import Weight, ones, weight
@@ -49,6 +49,7 @@ def hidden(
     remat: Remat = "full",
     noise: Float[Array, "B T D"] | None = None,
     attention: Attention = REFERENCE,
+    project: Projection = projection,
 ) -> Float[Array, "B T D"]:
     """Hidden states before the head, of packed rows, which stand as `sharding.row_order` has them.
 
@@ -58,12 +59,13 @@ def hidden(
       remat: what the backward pass finds saved.
       noise: added to the embeddings (NEFTune).
       attention: its backend, and how it crosses the context axis.
+      project: multiplies with the weights of the layers.
     """
     block = models.family(c.model_type).block
     angles = rope_angles(positions, c.rope, c.head_dim)
 
     def layer(x, w):
-        return block(x, w, angles, lambda q, k, v: (packed_attention(q, k, v, segments, attention), None), c)
+        return block(x, w, angles, lambda q, k, v: (packed_attention(q, k, v, segments, attention), None), c, project)
 
     x = embedding.lookup(params.embed, tokens, dtype)
     if noise is not None:

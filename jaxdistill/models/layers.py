@@ -7,12 +7,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxdistill.models.config import Rope
 from jaxdistill.sharding import einsum, gather, spec
 
 _STRETCH = 16_384  # positions on one device that the MLP works on at a time, where rows are more than twice as long
+
+PROJECTION_NAME = "projection"  # remat policies know a projection's result by this name
+Projection = Callable[[str, Array, Array], Array]  # as `projection`; models/quantized.py has others
+
+
+def projection(equation: str, x: Array, w: Array) -> Array:
+    """Activations times a stored weight, which is gathered in their dtype, by an equation such as "BTD,DF->BTF"."""
+    return checkpoint_name(matmul(equation, x, w), PROJECTION_NAME)
+
+
+def matmul(equation: str, x: Array, w: Array) -> Array:
+    """As `projection`, and linear in `w` for jax too."""
+    dims = equation.split("->")[0].split(",")[1]
+    return einsum(equation, x, gather(w, dims, x.dtype))
 
 
 def rms_norm(x: Float[Array, "*dims C"], scale: Float[Array, " C"], eps: float) -> Float[Array, "*dims C"]:
@@ -79,23 +94,23 @@ def _yarn_range(rope: Rope, head_dim: int) -> tuple[float, float]:
     return low, high + 0.001 if low == high else high
 
 
-def swiglu(x: Float[Array, "B T D"], w: Any) -> Float[Array, "B T D"]:
+def swiglu(x: Float[Array, "B T D"], w: Any, project: Projection) -> Float[Array, "B T D"]:
     """The gated MLP of Llama and Qwen; `w` is a block with w_gate, w_up and w_down."""
 
     def mlp(x: Array, w_gate: Array, w_up: Array, w_down: Array) -> Array:
-        gate, up = einsum("BTD,DF->BTF", x, w_gate), einsum("BTD,DF->BTF", x, w_up)
-        return einsum("BTF,FD->BTD", jax.nn.silu(gate) * up, w_down)
+        gate, up = project("BTD,DF->BTF", x, w_gate), project("BTD,DF->BTF", x, w_up)
+        return project("BTF,FD->BTD", jax.nn.silu(gate) * up, w_down)
 
-    gathered = (gather(w.w_gate, "DF", x.dtype), gather(w.w_up, "DF", x.dtype), gather(w.w_down, "FD", x.dtype))
-    return by_stretches(mlp, x, *gathered)
+    return by_stretches(mlp, x, w.w_gate, w.w_up, w.w_down)
 
 
 def by_stretches(f: Callable[..., Array], x: Float[Array, "B T D"], *weights: Array) -> Float[Array, "B T E"]:
     """f(x, *weights), which treats each position by itself: one stretch of a very long row after the other.
 
-    So what f computes on its way is never held for more than `_STRETCH` positions; the backward pass computes it
-    again, whatever the remat policy would keep. Gradients of the weights are added up in float32: a scan adds them up in the dtype of what it is given.
-    Rows that do not come apart evenly stay whole.
+    So what f computes on its way, stored weights that it gathers included, is never held for more than `_STRETCH`
+    positions; the backward pass computes it again, whatever the remat policy would keep. Gradients of the weights are
+    added up in float32: a scan adds them up in the dtype of what it is given. Rows that do not come apart evenly stay
+    whole.
     """
     shards = jax.sharding.get_abstract_mesh().shape["context"]
     B, T, D = x.shape
@@ -106,7 +121,7 @@ def by_stretches(f: Callable[..., Array], x: Float[Array, "B T D"], *weights: Ar
 
     @jax.checkpoint
     def stretch(x: Array, wide: list[Array]) -> Array:
-        return f(x, *(w.astype(x.dtype) for w in wide))
+        return f(x, *(w.astype(stored.dtype) for w, stored in zip(wide, weights, strict=True)))
 
     # [B, T, D] -> [pieces, B, T / pieces, D], each device's positions for themselves
     split = jax.lax.reshape(x, (B, shards, pieces, T // shards // pieces, D), out_sharding=spec("BTstD"))

@@ -8,8 +8,7 @@ from jaxtyping import Array, Float
 
 from jaxdistill.models.attention import Attend
 from jaxdistill.models.config import Config, read_config
-from jaxdistill.models.layers import Angles, apply_rope, rms_norm, swiglu
-from jaxdistill.sharding import einsum, gather
+from jaxdistill.models.layers import Angles, Projection, apply_rope, projection, rms_norm, swiglu
 from jaxdistill.weights import Weight, ones, weight
 
 
@@ -36,13 +35,13 @@ def config(hf: Mapping[str, Any]) -> Config:
 
 
 def block(
-    x: Float[Array, "B T D"], w: Block, angles: Angles, attend: Attend, c: Config
+    x: Float[Array, "B T D"], w: Block, angles: Angles, attend: Attend, c: Config, project: Projection = projection
 ) -> tuple[Float[Array, "B T D"], Any]:
     """One layer. Returns its output and whatever `attend` keeps (a cache when sampling)."""
     h = rms_norm(x, w.attn_norm, c.norm_eps)
-    q = rms_norm(einsum("BTD,DNH->BTNH", h, gather(w.w_q, "DNH", h.dtype)), w.q_norm, c.norm_eps)
-    k = rms_norm(einsum("BTD,DKH->BTKH", h, gather(w.w_k, "DKH", h.dtype)), w.k_norm, c.norm_eps)
-    v = einsum("BTD,DKH->BTKH", h, gather(w.w_v, "DKH", h.dtype))
+    q = rms_norm(project("BTD,DNH->BTNH", h, w.w_q), w.q_norm, c.norm_eps)
+    k = rms_norm(project("BTD,DKH->BTKH", h, w.w_k), w.k_norm, c.norm_eps)
+    v = project("BTD,DKH->BTKH", h, w.w_v)
     out, kept = attend(apply_rope(q, angles), apply_rope(k, angles), v)
-    x = x + einsum("BTNH,NHD->BTD", out, gather(w.w_o, "NHD", h.dtype))
-    return x + swiglu(rms_norm(x, w.mlp_norm, c.norm_eps), w), kept
+    x = x + project("BTNH,NHD->BTD", out, w.w_o)
+    return x + swiglu(rms_norm(x, w.mlp_norm, c.norm_eps), w, project), kept

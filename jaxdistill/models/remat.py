@@ -7,6 +7,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxdistill.models.attention import OUTPUT_NAME
+from jaxdistill.models.layers import PROJECTION_NAME
 from jaxdistill.sharding import HOST_MEMORY
 
 Remat = Literal["full", "attention", "offload", "offload_inputs", "matmuls", "none"]
@@ -37,13 +38,12 @@ def saving(policy: Remat, layer: Layer) -> Layer:
         return layer(checkpoint_name(x, _INPUT_NAME), w)
 
     policies = jax.checkpoint_policies
-    attention = policies.save_only_these_names(OUTPUT_NAME)
     kept = {
         "full": policies.nothing_saveable,
-        "attention": attention,
+        "attention": policies.save_only_these_names(OUTPUT_NAME),
         "offload": _on_host(_INPUT_NAME, OUTPUT_NAME),
         "offload_inputs": _on_host(_INPUT_NAME),
-        "matmuls": policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, attention),
+        "matmuls": policies.save_only_these_names(OUTPUT_NAME, PROJECTION_NAME),
     }[policy]
     return jax.checkpoint(named, policy=kept)
 

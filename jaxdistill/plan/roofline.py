@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from jaxdistill.models.config import Config
+from jaxdistill.models.quantized import MatmulDtype
 from jaxdistill.models.remat import Remat
 from jaxdistill.plan.collectives import Collective
 from jaxdistill.plan.hardware import GPUS_PER_NODE, Hardware
@@ -88,7 +89,8 @@ class Estimate:
 
 
 FORMULA = (
-    "matmul_s = tokens x (6 + 2 if recomputed) x matmul weights / (chips x peak x share); "
+    "matmul_s = tokens x (6 + 2 if recomputed) x matmul weights / (chips x peak x share), where all but 2 of the "
+    "layers' 6 or 8 have the peak of step.matmul_dtype; MFU counts against the peak of bfloat16; "
     "attention_s = tokens x (7 + 2 if recomputed) x layers x heads x head_dim x document length / (chips x peak x "
     "share); memory_s = (2 x state + gradients + activations read and written) / (bandwidth x share); wire_s = ring "
     "bytes of every collective / (bandwidth of its links x share); step_s is half-way between all collectives hidden "
@@ -105,6 +107,7 @@ def estimate(
     document_tokens: float,
     state_bytes: float,
     wire: Iterable[Collective],
+    matmul_dtype: MatmulDtype = "compute",
 ) -> Estimate:
     """The step of a run on this hardware.
 
@@ -117,15 +120,21 @@ def estimate(
     again, attention_again = RECOMPUTED[remat]
     peak = hardware.chips * chip.bf16_flops
     layers, head = c.matmul_weights
-    matmul = tokens * ((6 + 2 * again) * layers + 6 * head)
+    # The gradient of the layers' weights is not multiplied in 8 bits, nor is anything of the head
+    matmul = tokens * (2 * layers + 6 * head), tokens * (4 + 2 * again) * layers
+    speedup = chip.flops(matmul_dtype) / chip.bf16_flops
     attention = tokens * c.forward_attention_flops(document_tokens) * (1 + _BACKWARD_ATTENTION + attention_again)
     per_device = tokens / (hardware.devices / mesh["tensor"])
     # A norm reads and writes x, the residual stream is read and written, the gate reads two and writes one; the
     # backward pass does twice that, and the forward pass again where it is recomputed
     elementwise = per_device * c.layers * (8 * c.embed + 3 * c.mlp / mesh["tensor"]) * 2 * (3 + again)
+    if matmul_dtype != "compute":  # what is multiplied, and in the backward pass its gradients, are read and rounded
+        inputs = 2 * c.embed + (c.heads * c.head_dim + c.mlp) / mesh["tensor"]
+        outputs = 2 * c.embed + ((c.heads + 2 * c.kv_heads) * c.head_dim + 2 * c.mlp) / mesh["tensor"]
+        elementwise += per_device * c.layers * (2 + 1) * ((1 + again) * inputs + outputs)
     bandwidth = chip.memory_bandwidth / chip.devices * share.memory
     return Estimate(
-        matmul_s=matmul / (peak * share.matmul),
+        matmul_s=(matmul[0] + matmul[1] / speedup) / (peak * share.matmul),
         attention_s=attention / (peak * share.attention),
         memory_s=(2.5 * state_bytes + elementwise) / bandwidth,
         wire_s=sum((s.wire_bytes / (wire_bandwidth(hardware, mesh, s.group) * share.wire) for s in wire), 0.0),
@@ -163,19 +172,25 @@ def _stride(mesh: Mapping[str, int], group: int) -> int:
     return 1
 
 
-def expected_collectives(c: Config, mesh: Mapping[str, int], remat: Remat, tokens: int) -> list[Collective]:
+def expected_collectives(
+    c: Config, mesh: Mapping[str, int], remat: Remat, tokens: int, matmul_dtype: MatmulDtype = "compute"
+) -> list[Collective]:
     """What a step should send by the design of the sharding, for ranking meshes before any is compiled.
 
-    Weights are gathered over fsdp in bfloat16 for the forward and the backward pass, gradients come back the other way;
+    Weights are gathered over fsdp for the forward and the backward pass in bfloat16, or those of the layers in 8 bits;
+    gradients come back the other way in bfloat16;
     tensor parallelism reduces each layer's two outputs in both directions, and the first again where it is recomputed;
     context parallelism gathers keys and values, and scatters their gradients.
     """
     fsdp, context, tensor = mesh["fsdp"], mesh["context"], mesh["tensor"]
     local = tokens // (mesh["data"] * fsdp)  # positions of a device's rows, whole
     weights, again = sum(c.matmul_weights) // tensor * 2, RECOMPUTED[remat][0]
+    in_8_bits = c.matmul_weights[0] // tensor * (matmul_dtype != "compute")
     found = []
     if fsdp > 1:
-        found.append(Collective("all-gather", weights, fsdp, "bf16", 2))
+        found.append(Collective("all-gather", weights - 2 * in_8_bits, fsdp, "bf16", 2))
+        if in_8_bits:
+            found.append(Collective("all-gather", in_8_bits, fsdp, matmul_dtype, 2))
         found.append(Collective("reduce-scatter", weights, fsdp, "bf16", 1))
     if (replicas := mesh["data"] * context) > 1:
         found.append(Collective("all-reduce", weights // fsdp, replicas, "bf16", 1))

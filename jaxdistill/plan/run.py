@@ -12,6 +12,7 @@ from rich.table import Table
 from jaxdistill import manifest, sharding
 from jaxdistill.data import chat, loader
 from jaxdistill.errors import RunError
+from jaxdistill.models import quantized
 from jaxdistill.models.config import Config
 from jaxdistill.plan import ahead, hardware, roofline, search
 from jaxdistill.plan.collectives import Collective
@@ -72,6 +73,7 @@ def main(config: PlanConfig) -> list[Plan]:
     base, c = read_architecture(train)
     console.print(f"{target}: {target.devices} devices of {target.device_memory / _GIB:.1f} GiB")
     devices = ahead.devices(target)
+    quantized.check(train.step.matmul_dtype, devices[0])
     work = work_of(config, base, c)
     console.print(f"data: {work.source}")
     if config.search:
@@ -136,6 +138,7 @@ def _plan(
         work.document_tokens,
         step.memory.weights + step.memory.optimizer,
         step.collectives,
+        way.step.matmul_dtype,
     )
     limit, host_limit = search.USABLE * target.device_memory, target.device_host_memory
     problem = ""

@@ -71,10 +71,12 @@ def of(
 ) -> roofline.Estimate:
     """The estimate of a way that is not compiled."""
     tokens, pieces = config.batch_rows * config.row_tokens, config.step.accumulate
-    sent = roofline.expected_collectives(c, sizes, config.step.remat, tokens // pieces)
+    step = config.step
+    sent = roofline.expected_collectives(c, sizes, step.remat, tokens // pieces, step.matmul_dtype)
     repeated = [dataclasses.replace(collective, times=collective.times * pieces) for collective in sent]
     state = _state_bytes(c, config) / (sizes["fsdp"] * sizes["tensor"])
-    return roofline.estimate(c, hardware, sizes, config.step.remat, tokens, document_tokens, state, repeated)
+    how = step.remat, tokens, document_tokens, state, repeated, step.matmul_dtype
+    return roofline.estimate(c, hardware, sizes, *how)
 
 
 def _meshes(config: TrainConfig, c: Config, devices: int, device: Any) -> Iterator[tuple[dict[str, int], StepConfig]]:

@@ -3,6 +3,7 @@
 Counted in the HLO right after partitioning: later the CPU's own passes turn bfloat16 collectives into float32 ones.
 """
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import tiny
 from jaxdistill import optim, train_step, weights
 from jaxdistill.models import decoder
 from jaxdistill.models.attention import REFERENCE
+from jaxdistill.models.quantized import MatmulDtype
 from jaxdistill.plan import collectives
 from jaxdistill.plan.collectives import Collective
 
@@ -40,17 +42,14 @@ MESHES = [
 ]
 
 
-@pytest.fixture(scope="module", params=MESHES, ids=str)
-def step(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[dict[str, int], list[Collective]]:
-    """A mesh, and the collectives of a step in bfloat16 on it that move more than activations."""
-    sizes, dump = tiny.ONE_DEVICE | request.param, tmp_path_factory.mktemp("hlo")
+def collectives_of_a_step(sizes: dict[str, int], dump: Path, matmul_dtype: MatmulDtype = "compute") -> list[Collective]:
+    """Those of a step in bfloat16 that move more than activations."""
+    config = train_step.StepConfig(compute_dtype="bfloat16", matmul_dtype=matmul_dtype)
     with tiny.mesh(**sizes):
         optimizer = optim.make(optim.OptimConfig(), 2, decoder.template(C))
         state = train_step.abstract_state(decoder.template(C), optimizer, "float32")
         batch = train_step.place(tiny.packed([T - 1] * ROWS, C.vocab, ROWS, T), 1)
-        program: Any = train_step.make_step(train_step.StepConfig(compute_dtype="bfloat16"), REFERENCE, C, optimizer)
+        program: Any = train_step.make_step(config, REFERENCE, C, optimizer)
         options: dict[str, Any] = {"xla_dump_to": str(dump), "xla_dump_hlo_pass_re": "spmd-partitioning"}
         options |= {"xla_llvm_disable_expensive_passes": True, "xla_backend_optimization_level": 0}
         program.lower(state, batch).compile(compiler_options=options)
@@ -58,7 +57,16 @@ def step(
     rows = ROWS // (sizes["data"] * sizes["fsdp"])
     activations = rows * T * max(4 * C.embed, 2 * C.kv_heads * C.head_dim)  # hidden states in float32; keys of all rows
     found = collectives.read(text.read_text())
-    return sizes, [c for c in found if c.group > 1 and c.payload_bytes > activations]
+    return [c for c in found if c.group > 1 and c.payload_bytes > activations]
+
+
+@pytest.fixture(scope="module", params=MESHES, ids=str)
+def step(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, int], list[Collective]]:
+    """A mesh, and the collectives of a step on it."""
+    sizes = tiny.ONE_DEVICE | request.param
+    return sizes, collectives_of_a_step(sizes, tmp_path_factory.mktemp("hlo"))
 
 
 def hops(sizes: dict[str, int]) -> list[tuple[str, int]]:
@@ -96,3 +104,13 @@ def test_gradients_are_scattered_axis_by_axis_and_only_parts_of_them_cross_data(
     moved = {dtype: sum(c.payload_bytes for c in reductions if c.dtype == dtype) for dtype in expected}
     assert moved == expected
     assert {c.group for c in reductions if c.kind == "all-reduce"} == ({sizes["data"]} - {1})
+
+
+def test_weights_in_8_bits_are_gathered_in_8_bits(tmp_path: Path):
+    sizes = tiny.ONE_DEVICE | {"fsdp": 4, "tensor": 2}
+    found = collectives_of_a_step(sizes, tmp_path, "int8")
+    moved = {
+        dtype: sum(c.payload_bytes for c in found if (c.kind, c.dtype) == ("all-gather", dtype))
+        for dtype in ("s8", "bf16", "f32")
+    }
+    assert moved == {"s8": 2 * MATRICES // sizes["tensor"], "bf16": 2 * TABLE // sizes["tensor"], "f32": 0}

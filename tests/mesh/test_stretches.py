@@ -26,7 +26,7 @@ def values() -> tuple[np.ndarray, dict[str, np.ndarray]]:
 
 
 def loss(x: jax.Array, weights: dict[str, jax.Array]) -> jax.Array:
-    return jnp.sum(jnp.sin(layers.swiglu(x, SimpleNamespace(**weights)).astype(jnp.float32)))
+    return jnp.sum(jnp.sin(layers.swiglu(x, SimpleNamespace(**weights), layers.projection).astype(jnp.float32)))
 
 
 def gradients(stretch: int, patch: pytest.MonkeyPatch, dtype: Any = jnp.float32, **sizes: int) -> Any:

@@ -2,12 +2,14 @@
 
 import dataclasses
 import typing
+from typing import Any
 
 import pytest
 import tiny
 
 from jaxdistill import chips
 from jaxdistill.models.config import Config
+from jaxdistill.models.quantized import MatmulDtype
 from jaxdistill.models.remat import Remat
 from jaxdistill.plan import hardware, roofline
 from jaxdistill.plan.collectives import Collective
@@ -30,11 +32,17 @@ def model() -> Config:
     )
 
 
-def estimate(name: str, remat: Remat = "none", wire: tuple[Collective, ...] = (), **changes: float) -> Estimate:
-    values = {"tokens": 2**20, "document_tokens": 32_768.0, "state_bytes": 0.0} | changes
+def estimate(
+    name: str,
+    remat: Remat = "none",
+    wire: tuple[Collective, ...] = (),
+    matmul_dtype: MatmulDtype = "compute",
+    **changes: float,
+) -> Estimate:
+    values: dict[str, Any] = {"tokens": 2**20, "document_tokens": 32_768.0, "state_bytes": 0.0} | changes
     target = hardware.parse(name)
     mesh = MESH | {"fsdp": target.devices}
-    return roofline.estimate(model(), target, mesh, remat, int(values.pop("tokens")), wire=wire, **values)
+    return roofline.estimate(model(), target, mesh, remat, wire=wire, matmul_dtype=matmul_dtype, **values)
 
 
 def test_flops_are_those_that_mfu_counts():
@@ -52,6 +60,24 @@ def test_what_is_recomputed_costs_a_third_of_the_layers_again():
     assert recomputed.matmul_s / kept.matmul_s == pytest.approx((8 * layers + 6 * head) / (6 * layers + 6 * head))
     assert recomputed.attention_s / kept.attention_s == pytest.approx(9 / 7)
     assert recomputed.mfu < kept.mfu
+
+
+@pytest.mark.parametrize(("name", "matmul_dtype"), [("h100x8", "float8"), ("v5p:4x4x4", "int8"), ("v6e:8x8", "int8")])
+def test_8_bits_halve_two_of_three_products_of_the_layers_and_mfu_counts_as_before(name: Any, matmul_dtype: Any):
+    plain, found = estimate(name), estimate(name, matmul_dtype=matmul_dtype)
+    layers, head = model().matmul_weights
+    spared = (2 * layers + 4 * layers / 2 + 6 * head) / (6 * layers + 6 * head)
+    assert found.matmul_s / plain.matmul_s == pytest.approx(spared, rel=2e-3)
+    assert (found.peak_flops, found.model_flops) == (plain.peak_flops, plain.model_flops)
+    assert found.memory_s > plain.memory_s, "what is multiplied is rounded first"
+    assert found.mfu > plain.mfu
+
+
+def test_8_bits_halve_the_bytes_of_gathered_layers():
+    sent = roofline.expected_collectives
+    plain, found = (sent(model(), MESH, "full", 2**20, dtype) for dtype in ("compute", "int8"))
+    moved = [sum(c.payload_bytes * c.times for c in some if c.kind == "all-gather") for some in (plain, found)]
+    assert moved[0] - moved[1] == 2 * model().matmul_weights[0]
 
 
 def test_every_remat_policy_is_known():
