@@ -48,6 +48,7 @@ class Estimate:
     attention_s: float
     memory_s: float  # norms, gates and the optimizer's update: bytes through the device's memory
     wire_s: float  # collectives
+    host_s: float  # to the host's memory and back
     tokens: int  # positions in a step
     model_flops: float  # of a step, as MFU counts them
     peak_flops: float  # FLOP/s of all chips
@@ -58,13 +59,13 @@ class Estimate:
 
     @property
     def fastest_s(self) -> float:
-        """With collectives hidden behind all else, as far as they are shorter."""
-        return max(self.busy_s, self.wire_s)
+        """With collectives and transfers hidden behind all else, as far as they are shorter."""
+        return max(self.busy_s, self.wire_s, self.host_s)
 
     @property
     def slowest_s(self) -> float:
         """With nothing hidden."""
-        return self.busy_s + self.wire_s
+        return self.busy_s + self.wire_s + self.host_s
 
     @property
     def step_s(self) -> float:
@@ -82,16 +83,15 @@ class Estimate:
     @property
     def bound(self) -> str:
         """What takes the most time."""
-        parts = {"matmul": self.matmul_s, "attention": self.attention_s, "memory": self.memory_s, "wire": self.wire_s}
-        return max(parts, key=parts.__getitem__)
+        return max(("matmul", "attention", "memory", "wire", "host"), key=lambda part: getattr(self, f"{part}_s"))
 
 
 FORMULA = (
     "matmul_s = tokens x (6 + 2 if recomputed) x matmul weights / (chips x peak x share); "
     "attention_s = tokens x (7 + 2 if recomputed) x layers x heads x head_dim x document length / (chips x peak x "
     "share); memory_s = (2 x state + gradients + activations read and written) / (bandwidth x share); wire_s = ring "
-    "bytes of every collective / (bandwidth of its links x share); step_s is half-way between all collectives hidden "
-    "and none"
+    "bytes of every collective / (bandwidth of its links x share); host_s = what is kept on the host, there and back / "
+    "its bandwidth; step_s is half-way between all collectives and transfers hidden and none"
 )
 
 
@@ -104,6 +104,7 @@ def estimate(
     document_tokens: float,
     state_bytes: float,
     wire: Iterable[Collective],
+    host_bytes: float = 0.0,
 ) -> Estimate:
     """The step of a run on this hardware.
 
@@ -111,6 +112,7 @@ def estimate(
       tokens: positions of all rows in a step.
       document_tokens: length of the document that a token sits in, averaged over tokens.
       state_bytes: of weights and optimizer on one device.
+      host_bytes: between one device and its host in a step, both ways together.
     """
     chip, share = hardware.chip, EFFICIENCY[hardware.chip.platform]
     again, attention_again = RECOMPUTED[remat]
@@ -128,6 +130,7 @@ def estimate(
         attention_s=attention / (peak * share.attention),
         memory_s=(2.5 * state_bytes + elementwise) / bandwidth,
         wire_s=sum((s.wire_bytes / (wire_bandwidth(hardware, mesh, s.group) * share.wire) for s in wire), 0.0),
+        host_s=host_bytes / (chip.host_bandwidth / chip.devices),
         tokens=tokens,
         model_flops=tokens * c.flops_per_token(document_tokens),
         peak_flops=peak,
@@ -165,7 +168,8 @@ def _stride(mesh: Mapping[str, int], group: int) -> int:
 def expected_collectives(c: Config, mesh: Mapping[str, int], remat: Remat, tokens: int) -> list[Collective]:
     """What a step should send by the design of the sharding, for ranking meshes before any is compiled.
 
-    Weights are gathered over fsdp in bfloat16 for the forward and the backward pass, gradients come back the other way;
+    Weights are gathered in bfloat16 for the forward and the backward pass, a device's part over context and those over
+    fsdp, and gradients come back the other way;
     tensor parallelism reduces each layer's two outputs in both directions, and the first again where it is recomputed;
     context parallelism gathers keys and values, and scatters their gradients.
     """
@@ -173,11 +177,12 @@ def expected_collectives(c: Config, mesh: Mapping[str, int], remat: Remat, token
     local = tokens // (mesh["data"] * fsdp)  # positions of a device's rows, whole
     weights, again = sum(c.matmul_weights) // tensor * 2, RECOMPUTED[remat][0]
     found = []
-    if fsdp > 1:
-        found.append(Collective("all-gather", weights, fsdp, "bf16", 2))
-        found.append(Collective("reduce-scatter", weights, fsdp, "bf16", 1))
-    if (replicas := mesh["data"] * context) > 1:
-        found.append(Collective("all-reduce", weights // fsdp, replicas, "bf16", 1))
+    for payload, group in ((weights, fsdp), (weights // fsdp, context)):
+        if group > 1:
+            found.append(Collective("all-gather", payload, group, "bf16", 2))
+            found.append(Collective("reduce-scatter", payload, group, "bf16", 1))
+    if mesh["data"] > 1:
+        found.append(Collective("all-reduce", weights // (fsdp * context), mesh["data"], "bf16", 1))
     if tensor > 1:
         x = local // context * c.embed * 2
         found.append(Collective("all-reduce", x, tensor, "bf16", int(c.layers * (4 + again))))
