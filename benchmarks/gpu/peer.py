@@ -25,10 +25,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", required=True)
     parser.add_argument("--row", type=int, required=True)
+    parser.add_argument("--memory-gib", type=float, required=True, help="of the device")
     options = parser.parse_args()
     on_gpu = torch.cuda.is_available()
-    memory = torch.cuda.get_device_properties(0).total_memory if on_gpu else 8 * shapes.GIB
-    case, attempts = shapes.case(options.model, options.row, memory), []
+    case, attempts = shapes.case(options.model, options.row, options.memory_gib * shapes.GIB), []
     for recompute in (False, True):  # what torch keeps of all layers is tried first: it is the faster where it fits
         try:
             peer = _Peer(case, recompute, on_gpu)

@@ -94,7 +94,8 @@ def by_stretches(f: Callable[..., Array], x: Float[Array, "B T D"], *weights: Ar
     """f(x, *weights), which treats each position by itself: one stretch of a very long row after the other.
 
     So what f computes on its way is never held for more than `_STRETCH` positions; the backward pass computes it
-    again, whatever the remat policy would keep. Gradients of the weights are added up in float32: a scan adds them up in the dtype of what it is given.
+    again, whatever the remat policy would keep. Gradients of the weights are added up in float32: a scan adds them up
+    in the dtype of what it is given.
     Rows that do not come apart evenly stay whole.
     """
     shards = jax.sharding.get_abstract_mesh().shape["context"]
