@@ -95,8 +95,7 @@ def by_stretches(f: Callable[..., Array], x: Float[Array, "B T D"], *weights: Ar
 
     So what f computes on its way is never held for more than `_STRETCH` positions; the backward pass computes it
     again, whatever the remat policy would keep. Gradients of the weights are added up in float32: a scan adds them up
-    in the dtype of what it is given.
-    Rows that do not come apart evenly stay whole.
+    in the dtype of what it is given. Rows that do not come apart evenly stay whole.
     """
     shards = jax.sharding.get_abstract_mesh().shape["context"]
     B, T, D = x.shape

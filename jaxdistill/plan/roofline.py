@@ -92,7 +92,7 @@ FORMULA = (
     "attention_s = tokens x (7 + 2 if recomputed) x layers x heads x head_dim x document length / (chips x peak x "
     "share); memory_s = (2 x state + gradients + activations read and written) / (bandwidth x share); wire_s = ring "
     "bytes of every collective / (bandwidth of its links x share); step_s is half-way between all collectives hidden "
-    "and none"
+    "and none; transfers between host and device are taken to be hidden"
 )
 
 
