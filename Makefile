@@ -80,8 +80,8 @@ $(TRANSFORMERS4)/.installed: requirements/transformers4.txt $(VENV)/.base
 # --- a newer Python and jax ------------------------------------------------------------------------------------------
 # The same pinned files, in a virtual environment of its own. For Linux on x86_64 and Python 3.12 or newer the index
 # holds torch's CUDA build alone: 4.7 GB installed, which runs on the CPU. JAX=0.11.2 tests that jax instead of the pin.
-# jax's CUDA plugin (400 MB) compiles for GPUs that are not here, with NVIDIA's assembler (300 MB) and the cuDNN that comes
-# with that torch.
+# jax's CUDA plugin (400 MB) compiles for GPUs that are not here, with NVIDIA's assembler (300 MB) and the cuDNN that
+# comes with that torch.
 # tokamax brings some 50 packages there (xprof, its server, Google's clouds), so it is no part of the development extras.
 NEWEST_PYTHON ?=
 TOKAMAX ?= tokamax==0.0.17

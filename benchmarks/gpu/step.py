@@ -55,7 +55,8 @@ class _Run:
         self.state: State = train_step.new_state(_random(template), optimizer, seed=0)
         batch = self._batch(1)
         started = time.perf_counter()
-        self.step: Any = train_step.make_step(config, attention, self.c, optimizer).lower(self.state, batch).compile()
+        step: Any = train_step.make_step(config, attention, self.c, optimizer)
+        self.step = step.lower(self.state, batch).compile()
         self.compile_s = time.perf_counter() - started
 
     def _batch(self, documents: int) -> Any:
