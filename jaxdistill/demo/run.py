@@ -13,7 +13,7 @@ from rich.table import Table
 
 from jaxdistill import export, manifest, metrics, records, train
 from jaxdistill.collect import run as collect
-from jaxdistill.collect.client import TeacherConfig
+from jaxdistill.collect.teacher import TeacherConfig
 from jaxdistill.curate import examples, reformat
 from jaxdistill.data import chat
 from jaxdistill.demo import student
