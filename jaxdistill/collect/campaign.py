@@ -6,8 +6,10 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from jaxdistill.collect import worker
+from jaxdistill.collect import batch_ledger, worker
+from jaxdistill.collect.batch import BatchSender
 from jaxdistill.collect.board import Board, board
+from jaxdistill.collect.booking import settle
 from jaxdistill.collect.calls import Call, Judged, judge
 from jaxdistill.collect.commits import Commits
 from jaxdistill.collect.config import RunConfig
@@ -15,8 +17,9 @@ from jaxdistill.collect.ledger import Account, Ledger
 from jaxdistill.collect.prices import NANO
 from jaxdistill.collect.request import Failure, Request, Response
 from jaxdistill.collect.sampling import Sampling
-from jaxdistill.collect.sender import Sender, settle
+from jaxdistill.collect.sender import Sender
 from jaxdistill.collect.teacher import Teacher
+from jaxdistill.errors import RunError
 from jaxdistill.records import Usage
 from jaxdistill.verify import Verifier
 
@@ -64,7 +67,7 @@ class Campaign:
             over = asyncio.Event()
             with interruptible(lambda: asyncio.ensure_future(commits(self.ledger.stop, INTERRUPTED))):
                 await stack.enter_async_context(worker.workers(self.config.workers - 1, self.teacher.config, path))
-                sending = asyncio.create_task(Sender(self.teacher, commits, over.is_set).run())
+                sending = asyncio.create_task(self._send(commits, over.is_set, path.parent / "batches"))
                 try:
                     await self._watch(commits, shown, sending)
                 except asyncio.CancelledError:  # a second Ctrl-C
@@ -74,6 +77,20 @@ class Campaign:
                     over.set()
                     await asyncio.wait([sending])
                 sending.result()
+
+    async def _send(self, commits: Commits, ended: Callable[[], bool], folder: Path) -> None:
+        """Sends what is open, and fetches the batches of earlier runs."""
+        senders: list[Sender | BatchSender] = []
+        if self.teacher.transport != "batch":
+            senders.append(Sender(self.teacher, commits, ended))
+        if self.teacher.transport == "batch" or await commits(batch_ledger.unfinished, self.ledger):
+            senders.append(BatchSender(self.teacher, commits, ended, folder))
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for sender in senders:
+                    tasks.create_task(sender.run())
+        except* (RunError, OSError) as errors:  # OSError: the ledger's disk is full
+            raise errors.exceptions[0] from None
 
     async def _watch(self, commits: Commits, shown: Board, sending: "asyncio.Task[None]") -> None:
         """Judges outcomes as they come, until there is none left to wait for."""
@@ -87,7 +104,7 @@ class Campaign:
                 await self._plan(await self._judge(calls, commits, shown, earlier=False), commits, shown)
             standing = await commits(self.ledger.standing)
             shown.show(standing.account, self._total)
-            if news or standing.out:
+            if news or standing.out or (standing.in_batches and not standing.account.stop):
                 await asyncio.sleep(0 if len(news) > 100 else _TICK_S)
                 continue
             if standing.account.stop or not standing.fits:

@@ -92,7 +92,8 @@ class Standing:
     """Where a run stands."""
 
     account: Account
-    out: int  # requests that any process is at
+    out: int  # requests that any process is at, those in batches apart
+    in_batches: int  # requests in batches, which go on without us
     fits: bool  # the next open request is within the budget; true where there is none
 
 
@@ -116,10 +117,10 @@ class Ledger:
             except OSError:
                 self._lock.close()
                 raise UserError(f"{path} is in use by another process; wait for it or choose another workdir") from None
-        self._database = sqlite3.connect(path, isolation_level=None, timeout=60.0, check_same_thread=False)
+        self.database = sqlite3.connect(path, isolation_level=None, timeout=60.0, check_same_thread=False)
         try:
-            self._database.execute("PRAGMA journal_mode = WAL")
-            self._database.execute("PRAGMA synchronous = FULL")
+            self.database.execute("PRAGMA journal_mode = WAL")
+            self.database.execute("PRAGMA synchronous = FULL")
             self._create(path)
         except sqlite3.DatabaseError as error:
             self.close()
@@ -131,10 +132,10 @@ class Ledger:
         fcntl.flock(self._lock, fcntl.LOCK_SH)
 
     def _create(self, path: Path) -> None:
-        (version,) = self._database.execute("PRAGMA user_version").fetchone()
-        (tables,) = self._database.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        (version,) = self.database.execute("PRAGMA user_version").fetchone()
+        (tables,) = self.database.execute("SELECT count(*) FROM sqlite_master").fetchone()
         if not tables:
-            self._database.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {VERSION}; COMMIT")
+            self.database.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {VERSION}; COMMIT")
         elif version != VERSION:
             raise UserError(
                 f"{path} was written by another version of jaxdistill (format {version}, this one reads {VERSION}); "
@@ -149,22 +150,22 @@ class Ledger:
 
     def close(self) -> None:
         """Closes the file and lets others have it."""
-        self._database.close()
+        self.database.close()
         self._lock.close()
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
         """One commit for all that is written inside; nothing of it if anything fails."""
-        if self._database.in_transaction:
+        if self.database.in_transaction:
             yield
             return
         try:
-            self._database.execute("BEGIN IMMEDIATE")
+            self.database.execute("BEGIN IMMEDIATE")
             yield
-            self._database.execute("COMMIT")
+            self.database.execute("COMMIT")
         except BaseException as error:
-            if self._database.in_transaction:  # a full disk has rolled back already
-                self._database.execute("ROLLBACK")
+            if self.database.in_transaction:  # a full disk has rolled back already
+                self.database.execute("ROLLBACK")
             _raise_if_full(error, self._path)
             raise
 
@@ -174,7 +175,7 @@ class Ledger:
         What a server works on under an id, or in a batch, is not lost: it is asked for by that id.
         """
         with self.transaction():
-            run = self._database.execute
+            run = self.database.execute
             where = "state = 'sent' AND remote IS NULL"
             run(
                 "UPDATE account SET budget_nano = ?, budget_tokens = ?, stop = NULL, "
@@ -201,7 +202,7 @@ class Ledger:
         """
         now = time.time()
         with self.transaction():
-            self._database.executemany(
+            self.database.executemany(
                 "INSERT INTO requests (key, body, sample_index, prompt, recorded, state, worst_nano, worst_tokens) "
                 "VALUES (?, ?, ?, ?, ?, 'open', ?, ?) ON CONFLICT (key) DO UPDATE SET state = 'open', "
                 "due = remote IS NOT NULL, "  # what a server works on already comes first
@@ -221,9 +222,9 @@ class Ledger:
             rows: list[Any] = []
             if account.stop is None and count > 0:
                 due = f"{columns} due > 0 AND due <= ? ORDER BY due LIMIT ?"
-                rows = self._database.execute(due, (now, count)).fetchall()
+                rows = self.database.execute(due, (now, count)).fetchall()
                 new = f"{columns} due = 0 ORDER BY id LIMIT ?"
-                rows += self._database.execute(new, (count - len(rows),)).fetchall()
+                rows += self.database.execute(new, (count - len(rows),)).fetchall()
             nano, tokens = account.reserved_nano, account.reserved_tokens
             claimed: list[Claimed] = []
             for key, body, tries, remote, worst_nano, worst_tokens in rows:
@@ -235,14 +236,14 @@ class Ledger:
                 claimed.append(Claimed(key, json.loads(body), tries, remote))
             if claimed:
                 keys = [(request.key,) for request in claimed]
-                self._database.executemany("UPDATE requests SET state = 'sent' WHERE key = ?", keys)
-                self._database.execute("UPDATE account SET reserved_nano = ?, reserved_tokens = ?", (nano, tokens))
+                self.database.executemany("UPDATE requests SET state = 'sent' WHERE key = ?", keys)
+                self.database.execute("UPDATE account SET reserved_nano = ?, reserved_tokens = ?", (nano, tokens))
             return claimed
 
     def answer(self, key: str, response: Response) -> None:
         """Commits the raw bytes of an answer; its worst case stays reserved until it was read."""
         with self.transaction():
-            self._database.execute(
+            self.database.execute(
                 "INSERT INTO responses (key, request_id, sent, received, raw) VALUES (?, ?, ?, ?, ?)",
                 (key, response.request_id, response.sent, response.received, response.raw),
             )
@@ -253,14 +254,14 @@ class Ledger:
         with self.transaction():
             worst_nano, worst_tokens = self._worst(key)
             nano, tokens = worst_nano if nano is None else nano, worst_tokens if tokens is None else tokens
-            self._database.execute("UPDATE responses SET nano = ?, tokens = ? WHERE key = ?", (nano, tokens, key))
-            self._database.execute("UPDATE requests SET state = 'done', remote = NULL WHERE key = ?", (key,))
+            self.database.execute("UPDATE responses SET nano = ?, tokens = ? WHERE key = ?", (nano, tokens, key))
+            self.database.execute("UPDATE requests SET state = 'done', remote = NULL WHERE key = ?", (key,))
             self._release(worst_nano, worst_tokens, spent=(nano, tokens))
-            self._database.execute("INSERT INTO outcomes (key) VALUES (?)", (key,))
+            self.database.execute("INSERT INTO outcomes (key) VALUES (?)", (key,))
 
     def unsettled(self) -> list[tuple[str, bytes]]:
         """Answers that a killed run has not read."""
-        return self._database.execute(
+        return self.database.execute(
             "SELECT key, raw FROM responses JOIN requests USING (key) WHERE state = 'answered'"
         ).fetchall()
 
@@ -275,17 +276,17 @@ class Ledger:
         with self.transaction():
             self._give_back(key, lost)
             self._leave(key, "refused" if failure.permanent else "failed", failure.detail)
-            self._database.execute("INSERT INTO outcomes (key) VALUES (?)", (key,))
+            self.database.execute("INSERT INTO outcomes (key) VALUES (?)", (key,))
 
     def accepted(self, key: str, remote: str) -> None:
         """The server works on a request and has given it an id: from now on it is asked for by that."""
         with self.transaction():
-            self._database.execute("UPDATE requests SET remote = ? WHERE key = ?", (remote, key))
+            self.database.execute("UPDATE requests SET remote = ? WHERE key = ?", (remote, key))
 
     def stop(self, reason: str) -> None:
         """No process sends anything more in this run; the first reason stays."""
         with self.transaction():
-            self._database.execute("UPDATE account SET stop = coalesce(stop, ?)", (reason,))
+            self.database.execute("UPDATE account SET stop = coalesce(stop, ?)", (reason,))
 
     def _leave(
         self,
@@ -296,21 +297,21 @@ class Ledger:
         tried: bool = True,
     ) -> None:
         remote = "" if state == "answered" else ", remote = NULL"
-        self._database.execute(
+        self.database.execute(
             f"UPDATE requests SET state = ?, attempts = attempts + ?, tries = tries + ?, failure = ?, due = ?{remote} "
             "WHERE key = ?",
             (state, tried, tried, why, due, key),
         )
 
     def _worst(self, key: str) -> tuple[int, int]:
-        return self._database.execute("SELECT worst_nano, worst_tokens FROM requests WHERE key = ?", (key,)).fetchone()
+        return self.database.execute("SELECT worst_nano, worst_tokens FROM requests WHERE key = ?", (key,)).fetchone()
 
     def _give_back(self, key: str, lost: bool) -> None:
         worst = self._worst(key)
         self._release(*worst, lost=worst if lost else (0, 0))
 
     def _release(self, nano: int, tokens: int, spent: tuple[int, int] = (0, 0), lost: tuple[int, int] = (0, 0)) -> None:
-        self._database.execute(
+        self.database.execute(
             "UPDATE account SET reserved_nano = reserved_nano - ?, reserved_tokens = reserved_tokens - ?, "
             "spent_nano = spent_nano + ?, spent_tokens = spent_tokens + ?, "
             "lost_nano = lost_nano + ?, lost_tokens = lost_tokens + ?",
@@ -320,33 +321,37 @@ class Ledger:
     def account(self) -> Account:
         """What was spent, is reserved, and may be."""
         names = [field.name for field in dataclasses.fields(Account)]
-        row = self._database.execute(f"SELECT {', '.join(names)} FROM account").fetchone()
+        row = self.database.execute(f"SELECT {', '.join(names)} FROM account").fetchone()
         return Account(**dict(zip(names, row, strict=True)))
 
     def standing(self) -> Standing:
         """Where the run stands."""
         account = self.account()
-        (out,) = self._database.execute("SELECT count(*) FROM requests WHERE state IN ('sent', 'answered')").fetchone()
-        following = self._database.execute(
+        (out,) = self.database.execute("SELECT count(*) FROM requests WHERE state IN ('sent', 'answered')").fetchone()
+        (in_batches,) = self.database.execute(
+            "SELECT count(*) FROM requests WHERE state = 'sent' AND "
+            "remote IN (SELECT token FROM batches WHERE state != 'finished')"
+        ).fetchone()
+        following = self.database.execute(
             "SELECT worst_nano, worst_tokens FROM requests WHERE state = 'open' AND remote IS NULL "
             "ORDER BY due > 0, due, id LIMIT 1"
         ).fetchone() or (0, 0)
         fits = _fits(account, account.reserved_nano + following[0], account.reserved_tokens + following[1])
-        return Standing(account, out, fits)
+        return Standing(account, out - in_batches, in_batches, fits)
 
     def outcomes(self, after: int) -> list[tuple[int, str]]:
         """(sequence number, key) of the requests that got an outcome in this run, later than a sequence number."""
-        return self._database.execute(
+        return self.database.execute(
             "SELECT seq, key FROM outcomes WHERE seq > ? ORDER BY seq LIMIT 1000", (after,)
         ).fetchall()
 
     def settled(self) -> set[str]:
         """Keys of the requests that have an answer or a refusal, from whatever run."""
-        return {k for (k,) in self._database.execute("SELECT key FROM requests WHERE state IN ('done', 'refused')")}
+        return {k for (k,) in self.database.execute("SELECT key FROM requests WHERE state IN ('done', 'refused')")}
 
     def result(self, key: str) -> Response | Failure:
         """The answer to a recorded request, or why there is none."""
-        row = self._database.execute(
+        row = self.database.execute(
             "SELECT state, attempts, failure, request_id, sent, received, raw, nano "
             "FROM requests LEFT JOIN responses USING (key) WHERE key = ?",
             (key,),

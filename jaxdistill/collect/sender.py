@@ -1,16 +1,15 @@
 """Takes open requests from the ledger and sends them, as many at a time as the server bears; one per process."""
 
 import asyncio
-import random
 import time
 from collections.abc import Callable, Mapping
 
 from jaxdistill.collect import transports
-from jaxdistill.collect.api import Again, Api, Outcome, Stop, connected
+from jaxdistill.collect.api import Again, Api, Outcome, connected
+from jaxdistill.collect.booking import Booking
 from jaxdistill.collect.commits import Commits
 from jaxdistill.collect.ledger import Claimed
 from jaxdistill.collect.pace import Pace
-from jaxdistill.collect.reply import read_usage
 from jaxdistill.collect.request import Failure, Response
 from jaxdistill.collect.teacher import Teacher
 
@@ -24,9 +23,9 @@ class Sender:
         self.teacher, self.config, self.commits = teacher, teacher.config, commits
         self.ledger = commits.ledger
         self.pace = Pace(self.config.in_flight)
+        self._booking = Booking(teacher, commits)
         self._ended = ended  # nothing more is to be taken
         self._tasks: set[asyncio.Task[None]] = set()
-        self._refused = 0  # requests refused since the last answer
         self._woken = asyncio.Event()
         self._error: BaseException | None = None
 
@@ -74,7 +73,11 @@ class Sender:
             finally:
                 self.pace.ended()
                 self._woken.set()
-            await self._book(request, outcome, sent)
+            tokens = await self._booking.book(request.key, request.tries, outcome)
+            if isinstance(outcome, Response):
+                self.pace.answered(tokens)
+            elif isinstance(outcome, Again) and outcome.busy:
+                self.pace.pushed_back(sent, time.monotonic())
         except Exception as error:  # the ledger's disk is full: end the run, not this task alone
             self._error = self._error or error
 
@@ -95,59 +98,3 @@ class Sender:
             return await send(api, request.body, told)
         except UnicodeEncodeError as error:
             return Failure(detail=f"the text cannot be sent as UTF-8: {error.reason}", permanent=True)
-
-    async def _book(self, request: Claimed, outcome: Outcome, sent: float) -> None:
-        """Writes down what came of an attempt."""
-        if isinstance(outcome, Response):
-            self._refused = 0
-            await self.commits(self.ledger.answer, request.key, outcome)
-            tokens = await settle(self.teacher, self.commits, request.key, outcome.raw)
-            self.pace.answered(tokens)
-        elif isinstance(outcome, Stop):
-            self.commits(self.ledger.retry, request.key, outcome.reason, 0.0, lost=False, tried=False)
-            await self.commits(self.ledger.stop, outcome.reason)
-        elif isinstance(outcome, Failure):
-            await self.commits(self.ledger.fail, request.key, outcome)
-            self._refused += 1
-            if self._refused >= self.config.refusal_limit:
-                reason = (
-                    f"the last {self._refused} requests were all refused; {outcome.detail}; mend this and run again"
-                )
-                await self.commits(self.ledger.stop, reason)
-        else:
-            await self._again(request, outcome, sent)
-
-    async def _again(self, request: Claimed, outcome: Again, sent: float) -> None:
-        now = time.monotonic()
-        if outcome.busy:
-            self.pace.pushed_back(sent, now)
-        attempt, detail = request.tries + 1, outcome.detail
-        if outcome.wait_s is not None and outcome.wait_s > self.config.longest_wait_s:
-            detail = f"{detail}; asked to wait {outcome.wait_s:.0f} s, over longest_wait_s"
-        elif attempt >= self.config.attempt_limit:
-            detail = f"{detail}; gave up after {attempt} attempts"
-        else:
-            due = time.time() + _wait_s(self.config.backoff_s, self.config.longest_wait_s, attempt, outcome.wait_s)
-            await self.commits(self.ledger.retry, request.key, detail, due, lost=outcome.lost)
-            return
-        failure = Failure(detail=detail, permanent=False, attempts=attempt)
-        await self.commits(self.ledger.fail, request.key, failure, lost=outcome.lost)
-
-
-def _wait_s(backoff_s: float, longest_s: float, attempt: int, asked_s: float | None) -> float:
-    """Seconds before the next attempt: jittered, doubled each time, never less than the server asked for."""
-    wait_s = min(backoff_s * 2 ** (attempt - 1), longest_s)
-    if asked_s is not None:
-        return asked_s + random.uniform(0, 0.25) * min(wait_s, 1.0)
-    return wait_s * random.uniform(0.5, 1.0)
-
-
-async def settle(teacher: Teacher, commits: Commits, key: str, raw: bytes) -> int:
-    """Books the cost of an answer that is committed; returns the tokens it used."""
-    usage = read_usage(raw)
-    if usage is None:
-        await commits(commits.ledger.settle, key, None, None)
-        return 0
-    tokens = usage.prompt_tokens + usage.output_tokens
-    await commits(commits.ledger.settle, key, teacher.prices.nano(usage), tokens)
-    return tokens

@@ -174,11 +174,11 @@ def test_calls_that_come_together_share_a_commit_and_fail_together(tmp_path: Pat
         async with Commits(ledger) as commits:
             await commits(ledger.record, plan)
             await commits(ledger.claim, 50, 0.0)
-            before = ledger._database.total_changes
+            before = ledger.database.total_changes
             await asyncio.gather(*(commits(ledger.answer, request.key, answer()) for request, _, _ in plan))
             with pytest.raises(sqlite3.IntegrityError):
                 await commits(ledger.answer, plan[0][0].key, answer())
-            return ledger._database.total_changes - before
+            return ledger.database.total_changes - before
 
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
         ledger.begin()
@@ -201,8 +201,8 @@ def test_a_full_disk_is_told_from_a_broken_ledger(tmp_path: Path):
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
         ledger.begin()
         ledger.record(plan)
-        (pages,) = ledger._database.execute("PRAGMA page_count").fetchone()
-        ledger._database.execute(f"PRAGMA max_page_count = {pages}")
+        (pages,) = ledger.database.execute("PRAGMA page_count").fetchone()
+        ledger.database.execute(f"PRAGMA max_page_count = {pages}")
         assert keys(ledger) == [request.key]
         with pytest.raises(OSError, match=r"ledger\.sqlite") as caught:
             ledger.answer(request.key, answer(b"x" * 100_000))
