@@ -4,6 +4,8 @@ import collections
 import dataclasses
 from collections.abc import Iterator, Mapping
 
+from jaxdistill.collect import viewer
+from jaxdistill.collect.board import dollars
 from jaxdistill.collect.calls import Call, Judged, Receipt, read_problems
 from jaxdistill.collect.campaign import Campaign
 from jaxdistill.collect.config import LEDGER, RunConfig, ready
@@ -71,16 +73,22 @@ def main(config: CollectConfig) -> Mapping[str, int]:
         campaign = Campaign(teacher, ledger, sampling, config, verifier)
         account = campaign.run("collect", path)
         kept = write_jsonl(config.workdir / "chains.jsonl", _chains(teacher, sampling, ledger))
+        facts = [config.teacher.model, prompt_name or "no prompt", dollars(account), teacher.prices.describe()]
+        viewer.write(config.workdir / "chains.html", config.problems.stem, facts, sampling.in_order(), ledger)
     dropped = [*_unanswerable(problems), *_receipts(sampling)]
     write_jsonl(config.workdir / "dropped.jsonl", dropped)
     reasons = collections.Counter(receipt.reason for receipt in dropped)
     counts = {"verified": kept, **{r: reasons[r] for r in ("wrong", "truncated", "failed", "unverifiable")}}
-    facts = {
-        "teacher": config.teacher.model,
-        "prompt": {"name": prompt_name, "text": prompt},
+    write_manifest(
+        config.workdir,
+        "collect",
+        [config.problems],
+        counts,
+        teacher=config.teacher.model,
+        prompt={"name": prompt_name, "text": prompt},
+        flagged=collections.Counter(flag for _, judged in sampling.in_order() for flag in judged.flags),
         **costs(account, sampling, teacher),
-    }
-    write_manifest(config.workdir, "collect", [config.problems], counts, **facts)
+    )
     write_jsonl(
         config.workdir / "pass_rates.jsonl",
         ({"problem_id": name, "verified": v, "judged": n} for name, (v, n) in sampling.pass_rates().items()),
