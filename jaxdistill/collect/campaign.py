@@ -66,10 +66,11 @@ class Campaign:
                 return
             over = asyncio.Event()
             with interruptible(lambda: asyncio.ensure_future(commits(self.ledger.stop, INTERRUPTED))):
-                await stack.enter_async_context(worker.workers(self.config.workers - 1, self.teacher.config, path))
+                count = self.config.workers - 1 if self.teacher.transport != "batch" else 0
+                check = await stack.enter_async_context(worker.workers(count, self.teacher.config, path))
                 sending = asyncio.create_task(self._send(commits, over.is_set, path.parent / "batches"))
                 try:
-                    await self._watch(commits, shown, sending)
+                    await self._watch(commits, shown, sending, check)
                 except asyncio.CancelledError:  # a second Ctrl-C
                     sending.cancel()
                     raise
@@ -92,10 +93,13 @@ class Campaign:
         except* (RunError, OSError) as errors:  # OSError: the ledger's disk is full
             raise errors.exceptions[0] from None
 
-    async def _watch(self, commits: Commits, shown: Board, sending: "asyncio.Task[None]") -> None:
+    async def _watch(
+        self, commits: Commits, shown: Board, sending: "asyncio.Task[None]", check: Callable[[], None]
+    ) -> None:
         """Judges outcomes as they come, until there is none left to wait for."""
         seen = 0
         while self._waiting and not sending.done():
+            check()
             news = await commits(self.ledger.outcomes, seen)
             calls = [call for _, key in news for call in self._waiting.pop(key, [])]
             if news:

@@ -7,23 +7,24 @@ import json
 import os
 import sys
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 from jaxdistill.collect.commits import Commits
 from jaxdistill.collect.ledger import Ledger
 from jaxdistill.collect.sender import Sender
 from jaxdistill.collect.teacher import Teacher, TeacherConfig
+from jaxdistill.errors import RunError
 
 _END = b"end\n"
 
 
 @contextlib.asynccontextmanager
-async def workers(count: int, config: TeacherConfig, ledger: Path) -> AsyncIterator[None]:
+async def workers(count: int, config: TeacherConfig, ledger: Path) -> AsyncIterator[Callable[[], None]]:
     """Runs `count` processes beside this one; at the end they finish what they have under way.
 
-    Raises:
-      RuntimeError: a worker failed; its message is on standard error.
+    Yields a check, to be called now and then: it raises RunError if a worker has died, since what it had under way
+    would be waited for without end.
     """
     task = json.dumps({"teacher": dataclasses.asdict(config), "ledger": str(ledger.resolve())}).encode() + b"\n"
     processes: list[asyncio.subprocess.Process] = []
@@ -38,13 +39,20 @@ async def workers(count: int, config: TeacherConfig, ledger: Path) -> AsyncItera
             processes.append(process)
             assert process.stdin
             process.stdin.write(task)
-        yield
+
+        def check() -> None:
+            if ended := [process.returncode for process in processes if process.returncode is not None]:
+                raise RunError(
+                    f"worker processes ended with exit codes {ended}; what they said stands above; "
+                    "run the same command again to go on"
+                )
+
+        yield check
         for process in processes:
             assert process.stdin
             process.stdin.write(_END)
-        codes = [await process.wait() for process in processes]
-        if any(codes):
-            raise RuntimeError(f"worker processes ended with exit codes {codes}; what they said stands above")
+        for process in processes:
+            await process.wait()
     finally:
         for process in processes:
             if process.returncode is None:

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -76,7 +77,9 @@ def test_a_budget_in_tokens_holds(tmp_path: Path):
     assert 6000 < manifest_of(config)["spent_tokens"] <= 9000
 
 
-def test_a_price_that_nobody_knows_refuses_to_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_price_that_nobody_knows_refuses_to_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret-1234")
     config = config_for(tmp_path, "https://example.invalid/v1", 3)
     teacher = dataclasses.replace(config.teacher, profile=None, model="unheard-of", attempt_limit=1)
@@ -86,8 +89,11 @@ def test_a_price_that_nobody_knows_refuses_to_start(tmp_path: Path, monkeypatch:
     assert not config.workdir.exists()
     with pytest.raises(UserError, match="budget_usd cannot hold without a price"):
         main(dataclasses.replace(config, unknown_price=True, budget_usd=1.0))
+    capsys.readouterr()
     with pytest.raises(RunError, match="no connection"):
         main(dataclasses.replace(config, unknown_price=True))
+    assert "asking unheard-of at https://example.invalid/v1; read the provider's terms" in capsys.readouterr().err
+    assert "sk-very" not in "".join(path.read_text(errors="replace") for path in config.workdir.rglob("*.*"))
 
 
 def test_a_truncated_answer_costs_one_larger_try_at_most(tmp_path: Path):
@@ -262,3 +268,35 @@ def test_several_processes_share_one_ledger_and_one_budget(tmp_path: Path):
         answered = collections.Counter(entry["body_sha256"] for entry in log_entries(log) if entry["status"] == 200)
     assert len(answered) == 60
     assert set(answered.values()) == {1}
+
+
+def children_of(parent: int) -> list[int]:
+    """Worker processes of a command."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (path / "cmdline").read_bytes()
+            status = (path / "status").read_text()
+        except OSError:  # it has gone meanwhile
+            continue
+        if b"jaxdistill.collect.worker" in words and f"PPid:\t{parent}\n" in status:
+            found.append(int(path.name))
+    return found
+
+
+def test_a_worker_that_dies_ends_the_run_and_loses_nothing(tmp_path: Path):
+    log = tmp_path / "log.jsonl"
+    with running_teacher(TeacherOptions(log=log, latency_s=0.5)) as base_url:
+        config = dataclasses.replace(config_for(tmp_path, base_url, 40, in_flight=2), workers=2)
+        process = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM.format(config=config)], stderr=subprocess.PIPE, text=True
+        )
+        deadline = time.monotonic() + 60
+        while not (workers := children_of(process.pid)):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        os.kill(workers[0], signal.SIGKILL)
+        _, printed = process.communicate(timeout=60)
+        assert process.returncode == 1
+        assert "worker processes ended with exit codes [-9]" in printed
+        assert main(config)["verified"] == 40
