@@ -18,20 +18,21 @@ _PROMPT_BYTES = 3.5  # of a prompt token
 
 def estimate(teacher: Teacher, config: RunConfig, sampling: Sampling) -> str:
     """Requests, expected and worst-case cost, and time, as a table; every assumption is named."""
-    answered, output, seconds = _known(config.workdir / LEDGER)
+    answered, known, seconds = _known(config.workdir / LEDGER)
     calls = sampling.start()
     requests = {call.key: call.request for call in calls if call.key not in answered}
     factor = sampling.most / max(1, len(calls))  # where samples are asked for only as long as they are needed
     worst = [worst_case(teacher, request) for request in requests.values()]
     limit = config.teacher.max_tokens
     prompt = sum(request.most_prompt_tokens - 128 for request in requests.values()) / _PROMPT_BYTES
-    each = round(output or limit * _SHARE)
+    output = known - prompt / max(1, len(requests)) if known else limit * _SHARE  # the ledger knows the sum
+    each = max(1, round(output))
     usage = Usage(prompt_tokens=round(prompt), output_tokens=each * len(requests))
     tokens = usage.prompt_tokens + usage.output_tokens
     time_s = len(requests) * (seconds or each / _TOKENS_PER_S) / (config.teacher.in_flight * config.workers)
     basis = (
         f"{len(answered)} answers in this folder: {each} output tokens, {seconds:.0f} s each"
-        if output
+        if known
         else f"{_SHARE:.0%} of max_tokens = {each} output tokens an answer, {_TOKENS_PER_S:.0f} tokens/s"
     )
     rows = [
@@ -54,10 +55,10 @@ def estimate(teacher: Teacher, config: RunConfig, sampling: Sampling) -> str:
 
 
 def _known(ledger: Path) -> tuple[set[str], float, float]:
-    """Keys that have an answer, and the averages of their output tokens and seconds."""
+    """Keys that have an answer, and the averages of their tokens, prompt included, and seconds."""
     if not ledger.is_file():
         return set(), 0.0, 0.0
     with contextlib.closing(sqlite3.connect(f"file:{ledger}?mode=ro", uri=True)) as database:
         keys = {key for (key,) in database.execute("SELECT key FROM requests WHERE state IN ('done', 'refused')")}
-        output, seconds = database.execute("SELECT avg(tokens), avg(received - sent) FROM responses").fetchone()
-    return keys, output or 0.0, seconds or 0.0
+        tokens, seconds = database.execute("SELECT avg(tokens), avg(received - sent) FROM responses").fetchone()
+    return keys, tokens or 0.0, seconds or 0.0
