@@ -67,6 +67,7 @@ class MeshConfig:
 STORAGE: Mapping[str, str] = {"V": "tensor", "D": "fsdp", "F": "tensor", "N": "tensor", "K": "tensor"}
 COMPUTE: Mapping[str, MeshAxes] = {
     "B": ("data", "fsdp"),
+    "P": ("data", "fsdp"),
     "T": "context",
     "F": "tensor",
     "N": "tensor",
