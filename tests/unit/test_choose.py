@@ -89,10 +89,11 @@ def test_rows_have_settings_of_their_own():
     settings = [SamplingConfig(), *[SamplingConfig(**one) for one in SETTINGS]]  # type: ignore[arg-type]
     rows = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *[parameters(c, 1) for c in settings])
     seeds, produced = jnp.full(len(settings), 7), jnp.arange(len(settings))
-    together = choose(jnp.repeat(logits, len(settings), 0), rows, None, seeds, produced, Features(True, True))
+    draw = jax.jit(choose, static_argnums=5)
+    together = draw(jnp.repeat(logits, len(settings), 0), rows, None, seeds, produced, Features(True, True))
     for i, c in enumerate(settings):
         features = Features(c.temperature > 0, bool(c.top_k or c.top_p < 1 or c.min_p))
-        alone = choose(jnp.asarray(logits), parameters(c, 1), None, seeds[:1], produced[i : i + 1], features)
+        alone = draw(jnp.asarray(logits), parameters(c, 1), None, seeds[:1], produced[i : i + 1], features)
         assert alone.tolist() == [int(together[i])], c
 
 
