@@ -30,6 +30,9 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "demo": Command("jaxdistill.demo.run", "DemoConfig", "the whole chain on this machine, offline, with a report"),
+    "curate": Command(
+        "jaxdistill.curate.run", "CurateConfig", "problem pools -> curated problems, a reason for each dropped", False
+    ),
     "collect": Command("jaxdistill.collect.run", "CollectConfig", "problems -> verified chains", False),
     "reformat": Command("jaxdistill.curate.reformat", "ReformatConfig", "solutions -> reformatted examples", False),
     "examples": Command("jaxdistill.curate.examples", "ExamplesConfig", "chains -> examples to train on", False),
