@@ -3,20 +3,24 @@
 Reads shared/data beside the checkout and the hand-checked labels of tests/data; writes benchmarks/results/curate.md.
 """
 
+import collections
 import dataclasses
 import json
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from random import Random
 
 from jaxdistill.curate.choices import find_choices, open_question
 from jaxdistill.curate.contamination import read_evaluation_sets
 from jaxdistill.curate.formats import read_row, to_problem
+from jaxdistill.curate.gates import reformat_gate, translation_gate
 from jaxdistill.curate.rules import RULES
 from jaxdistill.curate.run import CurateConfig
-from jaxdistill.curate.text import tokens
+from jaxdistill.curate.text import MATH, tokens
 from jaxdistill.records import Problem, read_json_objects
+from jaxdistill.verify import Verifier, extract_answer
 
 ROOT = Path(__file__).parents[1]
 OVERLAP: float = CurateConfig.overlap
@@ -147,6 +151,98 @@ def retypeset(shared: Path) -> tuple[int, int]:
     index = read_evaluation_sets(paths, OVERLAP)
     texts = [values["problem"] for path in paths for _, values in read_json_objects(path)]
     return sum(index.find(tokens(typeset_anew(text))) is not None for text in texts), len(texts)
+
+
+def reformat_rates(shared: Path, verifier: Verifier) -> dict[str, tuple[int, int]]:
+    """Of how many of the 250 real rewrites the gate refuses those that are corrupt, and keeps those that are good.
+
+    Neither says a person of those whose original has no answer, or one that only a person can compare.
+    """
+    named, counts = labels("reformat_labels.json"), collections.defaultdict(lambda: [0, 0])
+    for _, row in read_json_objects(shared / "reformat/numina_gpt4omini_pairs.jsonl"):
+        before = row["solution_before"]
+        problem = Problem(id=row["id"], problem=row["question_before"], answer=extract_answer(before), solution=before)
+        kept = reformat_gate(problem, row["question"], row["solution"], verifier) is None
+        kind = named.get(row["id"], "good")
+        counts[kind][0] += kept if kind == "good" else not kept
+        counts[kind][1] += 1
+    return {kind: (right, count) for kind, (right, count) in counts.items()}
+
+
+def translations(shared: Path) -> list[tuple[str, str]]:
+    """The English and the Chinese statement of each problem of OlymMATH."""
+    rows = {row["id"]: row["problem"] for _, row in read_json_objects(shared / "extra_math/olymmath.jsonl")}
+    return [(text, rows[name[:-2] + "ZH"]) for name, text in rows.items() if name.endswith("EN")]
+
+
+def mutations(english: str, chinese: str, random: Random) -> Iterator[tuple[str, str]]:
+    """(kind, translation that is no longer one): a digit, a formula, and the language changed."""
+    digits = [match.start() for match in re.finditer(r"\d", chinese)]
+    if digits:
+        at = random.choice(digits)
+        yield "number", chinese[:at] + random.choice("0123456789".replace(chinese[at], "")) + chinese[at + 1 :]
+    spans = [match for match in MATH.finditer(chinese) if re.search("[a-zA-Z]", match[0])]
+    if spans:
+        span = random.choice(spans)
+        letters = [m.start() for m in re.finditer(r"(?<![\\a-zA-Z{])[a-zA-Z](?![a-zA-Z])", span[0])]
+        signs = [m.start() for m in re.finditer(r"[+<>=-]", span[0])]
+        changed = []
+        if letters:
+            at = random.choice(letters)
+            other = random.choice("abcdmnpqxyzABCDMN".replace(span[0][at], ""))
+            changed.append(span[0][:at] + other + span[0][at + 1 :])
+        if signs:
+            at = random.choice(signs)
+            changed.append(span[0][:at] + random.choice("+-<=>".replace(span[0][at], "")) + span[0][at + 1 :])
+        changed.append("")
+        yield "formula", chinese[: span.start()] + random.choice(changed) + chinese[span.end() :]
+    yield "language", english
+    words = re.split(r"(?<=[.,]) ", english)
+    if len(words) > 1:  # most of it left as it was
+        yield "language", " ".join([*words[:-1], chinese.split(", ")[-1]])
+
+
+def translation_rates(shared: Path, rounds: int = 5) -> dict[str, tuple[int, int]]:
+    """By kind: of how many pairs `passed`, of how many mutations were refused, and out of how many."""
+    random, counts = Random(0), collections.defaultdict(lambda: [0, 0])
+    for english, chinese in translations(shared):
+        counts["passed"][0] += translation_gate(english, chinese, "zh") is None
+        counts["passed"][1] += 1
+        for _ in range(rounds):
+            for kind, mutated in mutations(english, chinese, random):
+                counts[kind][0] += translation_gate(english, mutated, "zh") is not None
+                counts[kind][1] += 1
+    return {kind: (found, count) for kind, (found, count) in counts.items()}
+
+
+HOSTILE = (
+    "9^{9^{9^9}}",
+    "10^{10^{10}}",
+    "1000000000!",
+    "(x+1)^{100000}",
+    r"\frac{1}{" * 400 + "2" + "}" * 400,
+    "x" * 4000,
+)
+
+
+def answers_to_grade(shared: Path, count: int = 10_000) -> list[tuple[str, str]]:
+    """(output, gold answer) pairs: the pool's answers against their own, re-spelled and wrong ones; 1% are hostile."""
+    random = Random(0)
+    golds = [problem.answer for problem in pool(shared).values() if (problem.answer or "").strip()]
+    pairs = []
+    for i in range(count):
+        gold = random.choice(golds) or ""
+        kind = i % 100
+        if kind == 0:
+            answer = HOSTILE[i // 100 % len(HOSTILE)]
+        elif kind < 50:
+            answer = gold
+        elif kind < 75:
+            answer = gold.replace(r"\frac", r"\dfrac").replace(" ", "  ") + (" + 0" if gold.isdigit() else "")
+        else:
+            answer = random.choice(golds) or ""
+        pairs.append((f"Thus the answer is \\boxed{{{answer}}}.", gold))
+    return pairs
 
 
 if __name__ == "__main__":

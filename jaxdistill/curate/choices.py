@@ -16,8 +16,8 @@ _LABEL = re.compile(
     re.MULTILINE,
 )
 _ANSWER_LABEL = re.compile(
-    rf"^(?:the correct answer is|the answer is|answer:?|option|答案[是为：:]?|选)?\s*\**\s*{_WRAPPER}?"
-    r"\(?\s*(?P<letter>[A-H])\s*(?:[.):]\s*\}?|\)?\s*\}\s*\)?|(?=\s*\.?\s*$))",
+    rf"^(?:the correct answer is|the answer is|answer:?|option|答案[是为：:]?|选)?\s*\**\s*{_WRAPPER}?\**"
+    r"\(?\s*(?P<letter>[A-H])\s*(?:[.):]\**\s*\}?|\)?\s*\}\s*\)?|(?=\s*\.?\s*$))",
     re.IGNORECASE,
 )
 _NEEDS_OPTIONS = re.compile(
@@ -103,7 +103,7 @@ def _end(statement: str, start: int) -> int:
 
 
 def _clean(option: str) -> str:
-    option = re.sub(r"\\(?:qquad|quad)(?![a-zA-Z])|\\\\\s*$", " ", option).strip()
+    option = re.sub(r"\\(?:qquad|quad|hspace\{[^}]*\})(?![a-zA-Z])|\\\\\s*$|\n\s*-\s*$", " ", option).strip()
     option = re.sub(r"^(?:\\\s+|\\ |[~}\s])+|(?:\\\s*|~|\s)+$", "", option).strip()
     if option.count("$") % 2:
         option = option.strip("$")

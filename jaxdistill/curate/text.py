@@ -35,6 +35,7 @@ _SYMBOLS = str.maketrans(
 _SPACING = re.compile(r"\\[,;:! ]|\\\\|[~&$]|\\[()\[\]]|\{,\}")
 _GROUPED = re.compile(r"(?<=\d)(?:,|\{,\}|,\\!|\\,)(?=\d{3}(?!\d))")
 _TOKEN = re.compile(r"[a-z]+|\d+(?:\.\d+)?|[\u3400-\u9fff]|<=|>=|!=|->|[-+*/=<>^|!()\[\]%]")
+_CODE = re.compile(r"```.*?```", re.DOTALL)
 _HAN = re.compile(r"[\u3400-\u9fff]")
 _LETTERS = re.compile(r"[^\W\d_]")
 _KANA_OR_HANGUL = re.compile(r"[\u3040-\u30ff\uac00-\ud7af]")
@@ -75,29 +76,12 @@ def shingles(words: Sequence[str], size: int) -> list[str]:
     return [" ".join(words[i : i + size]) for i in range(len(words) - size + 1)]
 
 
-_WORDS = [
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-    "thirteen",
-    "fourteen",
-    "fifteen",
-    "sixteen",
-    "seventeen",
-    "eighteen",
-    "nineteen",
-    "twenty",
-]
-_NAMES = {word: str(value) for value, word in enumerate(_WORDS, start=1)}
+_WORDS = re.findall(
+    r"\w+",
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen twenty",
+)
+_NAMES = {word: str(value) for value, word in enumerate(_WORDS)}
 _HAN_DIGITS = {"零": 0, "一": 1, "二": 2, "两": 2, "三": 3, "四": 4, "五": 5, "六": 6, "七": 7, "八": 8, "九": 9}
 
 
@@ -115,10 +99,12 @@ def _canonical(number: str) -> str:
 
 
 def named_numbers(text: str) -> Counter[str]:
-    """How often each of 1 to 20 is written as an English or Chinese word."""
+    """How often each of 0 to 20 is written as an English or Chinese word."""
     text = without_drawings(text)
     found = Counter(_NAMES[word] for word in re.findall(r"[a-z]+", text.lower()) if word in _NAMES)
-    for match in re.findall(r"[一二两三四五六七八九]?十[一二三四五六七八九]?|[零一二两三四五六七八九]", text):
+    for match in re.findall(
+        r"[一二两三四五六七八九]?十[一二三四五六七八九]?|[零一二两三四五六七八九](?![角边面])", text
+    ):
         tens, ten, ones = match.partition("十")
         value = 10 * _HAN_DIGITS.get(tens, 1) + _HAN_DIGITS.get(ones, 0) if ten else _HAN_DIGITS[match]
         found[str(value)] += 1
@@ -134,17 +120,21 @@ def math_spans(text: str) -> list[str]:
     return spans
 
 
+def prose(text: str) -> str:
+    """The text without formulas, drawings, code and commands."""
+    return re.sub(r"\\[a-zA-Z]+", " ", _CODE.sub(" ", MATH.sub(" ", without_drawings(text))))
+
+
 def language(text: str) -> str:
     """`zh` where Chinese characters are most of the words outside formulas and code, `en` where Latin words are.
 
     A Chinese character counts as one word, as a run of Latin letters does. `other` for kana, hangul, no words, and for
     another script.
     """
-    prose = re.sub(r"```.*?```", " ", MATH.sub(" ", without_drawings(text)), flags=re.DOTALL)
-    prose = re.sub(r"\\[a-zA-Z]+", " ", prose)
-    han, latin = len(_HAN.findall(prose)), len(re.findall(r"[a-zA-Z]{2,}", prose))
-    strange = len(_KANA_OR_HANGUL.findall(prose))
-    others = len(_LETTERS.findall(re.sub(r"[a-zA-Z\u3400-\u9fff]", "", prose)))
+    words = prose(text)
+    han, latin = len(_HAN.findall(words)), len(re.findall(r"[a-zA-Z]{2,}", words))
+    strange = len(_KANA_OR_HANGUL.findall(words))
+    others = len(_LETTERS.findall(re.sub(r"[a-zA-Z\u3400-\u9fff]", "", words)))
     if strange > 0.05 * han or others > han + latin or han + latin == 0:
         return "other"
     return "zh" if han >= latin else "en"
