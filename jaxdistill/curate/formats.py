@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxdistill.collect.reply import join_reasoning
+from jaxdistill import thinking
 from jaxdistill.curate.text import language
 from jaxdistill.records import Example, Problem
 
@@ -195,6 +195,6 @@ def to_problem(row: Imported, values: Values, name: str) -> Problem:
 def to_example(row: Imported, name: str) -> Example:
     r"""The row as a conversation, its thought between think tags where it is known."""
     assert row.response is not None
-    output = row.response if row.reasoning is None else join_reasoning(row.reasoning, row.response)
+    output = row.response if row.reasoning is None else thinking.join(row.reasoning, row.response)
     user, assistant = {"role": "user", "content": row.problem}, {"role": "assistant", "content": output}
     return Example(id=name, messages=(user, assistant), provenance=(name,))

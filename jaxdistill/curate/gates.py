@@ -3,15 +3,18 @@
 import re
 from collections import Counter
 
+from jaxdistill import thinking
+from jaxdistill.collect.calls import Reason
 from jaxdistill.curate.choices import chosen_option, find_choices, open_question
 from jaxdistill.curate.text import DRAWING, language, math_spans, named_numbers, numbers, prose
 from jaxdistill.records import Problem
-from jaxdistill.verify import Verifier
+from jaxdistill.verify import Verifier, boxed_answers
 
+_TAGS = (thinking.OPEN, thinking.CLOSE)
 _CODE = re.compile(r"```.*?```", re.DOTALL)
 
 
-def reformat_gate(problem: Problem, question: str, solution: str, verifier: Verifier) -> tuple[str, str] | None:
+def reformat_gate(problem: Problem, question: str, solution: str, verifier: Verifier) -> tuple[Reason, str] | None:
     """Why a rewritten solution (and question) is not kept, as reason and detail; None if it is.
 
     The boxed answer equals the original's (an option letter stands for its option), the question says the same numbers,
@@ -23,7 +26,7 @@ def reformat_gate(problem: Problem, question: str, solution: str, verifier: Veri
     verdicts = [verifier.verify(solution, gold) for gold in golds if gold.strip()]
     if not any(verdict.label == "correct" for verdict in verdicts):
         last = verdicts[-1]
-        reason = "unverifiable" if last.label == "unverifiable" else "answer_changed"
+        reason: Reason = "unverifiable" if last.label == "unverifiable" else "answer_changed"
         return reason, f"rule {last.rule}: found {last.extracted!r}, the original has {list(golds)[-1]!r}"
     if lost := sorted(_boxed_numbers(problem.solution or "") - _boxed_numbers(solution)):
         return "answer_changed", f"no box has {', '.join(lost[:5])}"
@@ -34,12 +37,9 @@ def reformat_gate(problem: Problem, question: str, solution: str, verifier: Veri
     return None
 
 
-_BOX = re.compile(r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)\}")
-
-
 def _boxed_numbers(text: str) -> set[str]:
     """The numbers in all boxes: a question of several parts has several."""
-    return {number for box in _BOX.findall(text) for number in numbers(box)}
+    return {number for box in boxed_answers(text) for number in numbers(box)}
 
 
 def changed_numbers(problem: Problem, question: str) -> str | None:
@@ -59,7 +59,7 @@ def _values(text: str) -> set[str]:
     return set(numbers(text)) | set(named_numbers(text))
 
 
-def translation_gate(source: str, translation: str, target: str) -> tuple[str, str] | None:
+def translation_gate(source: str, translation: str, target: str) -> tuple[Reason, str] | None:
     """Why a translation is not kept, as reason and detail; None if it is.
 
     It is in the target language; code, drawings and boxed answers are those of the source; formulas too, up to words
@@ -72,6 +72,8 @@ def translation_gate(source: str, translation: str, target: str) -> tuple[str, s
     for name, pattern in (("code", _CODE), ("a drawing", DRAWING)):
         if [m[0] for m in pattern.finditer(source)] != [m[0] for m in pattern.finditer(translation)]:
             return "code_changed", f"{name} differs"
+    if [source.count(tag) for tag in _TAGS] != [translation.count(tag) for tag in _TAGS]:
+        return "code_changed", "the think tags differ"
     boxes, others = _boxes(source), _boxes(translation)
     if boxes != others:
         return "box_changed", f"boxes {dict(boxes - others)} became {dict(others - boxes)}"
@@ -92,7 +94,7 @@ _WORDS = re.compile(r"\\(?:text|mbox|textrm|mathrm)\s*\{[^{}]*\}|[\u3400-\u9fffï
 
 
 def _boxes(text: str) -> Counter[str]:
-    return Counter(_WORDS.sub("", box) for box in _BOX.findall(text))
+    return Counter(_WORDS.sub("", box) for box in boxed_answers(text))
 
 
 def _formulas(text: str) -> Counter[str]:

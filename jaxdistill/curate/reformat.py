@@ -16,6 +16,7 @@ from jaxdistill.collect.reply import read_reply
 from jaxdistill.collect.request import Request, Response
 from jaxdistill.collect.sampling import Sampling
 from jaxdistill.curate.examples import example
+from jaxdistill.curate.gates import reformat_gate
 from jaxdistill.errors import UserError
 from jaxdistill.manifest import write_config, write_manifest
 from jaxdistill.records import Example, Problem, write_jsonl
@@ -28,13 +29,14 @@ CURATE_PROMPTS = Path(__file__).parent / "prompts"
 class ReformatConfig(RunConfig):
     """Which solutions to rewrite, by whom, where the examples go, and what it may cost."""
 
+    problems: Path  # JSON Lines of Problem, each with a solution and an answer
     prompt: str = "reformat.v1"  # user message with {problem} and {solution}, a file of curate/prompts without its .txt
 
 
 def main(config: ReformatConfig) -> Mapping[str, int]:
     """Runs the command, or continues it; returns the numbers of rewrites kept and dropped by reason.
 
-    Kept: finished, boxed answer equal to the gold one, longer in characters than the original.
+    Kept: finished, boxed answer equal to the gold one, and what `reformat_gate` asks for.
 
     Raises:
       UserError: as `jaxdistill.collect.run.main`, or a prompt without its two names.
@@ -62,12 +64,12 @@ def main(config: ReformatConfig) -> Mapping[str, int]:
     with Ledger(path) as ledger, Verifier(timeout_s=config.verify_timeout_s) as verifier:
         campaign = Campaign(teacher, ledger, sampling, config, verifier)
         account = campaign.run("reformat", path)
-        examples, receipts = _sort(sampling, ledger)
+        examples, receipts = _sort(sampling, ledger, verifier)
     dropped += receipts
     write_jsonl(config.workdir / "examples.jsonl", examples)
     write_jsonl(config.workdir / "dropped.jsonl", dropped)
     reasons = collections.Counter(receipt.reason for receipt in dropped)
-    names = ("wrong", "truncated", "failed", "unverifiable", "not_longer")
+    names = ("wrong", "truncated", "failed", "unverifiable", "answer_changed", "not_longer")
     counts = {"kept": len(examples), **{name: reasons[name] for name in names}}
     facts = {"prompt": {"name": prompt_name, "text": template}, **costs(account, sampling, teacher)}
     write_manifest(config.workdir, "reformat", [config.problems], counts, **facts)
@@ -84,7 +86,7 @@ def _unusable(problem: Problem) -> Receipt | None:
     return Receipt(id=problem.id, problem_id=problem.id, reason="unverifiable", detail=detail)
 
 
-def _sort(sampling: Sampling, ledger: Ledger) -> tuple[list[Example], list[Receipt]]:
+def _sort(sampling: Sampling, ledger: Ledger, verifier: Verifier) -> tuple[list[Example], list[Receipt]]:
     """The rewrites to keep, and why the others are not."""
     examples: list[Example] = []
     receipts: list[Receipt] = []
@@ -94,10 +96,9 @@ def _sort(sampling: Sampling, ledger: Ledger) -> tuple[list[Example], list[Recei
             continue
         response = ledger.result(call.key)
         assert isinstance(response, Response)
-        content, original = read_reply(response.raw).content, call.problem.solution or ""
-        if len(content) > len(original):
-            examples.append(example(call.problem, content, suffix="reformatted"))
+        content = read_reply(response.raw).content
+        if refused := reformat_gate(call.problem, call.problem.problem, content, verifier):
+            receipts.append(call.receipt(*refused, judged.usage))
         else:
-            detail = f"{len(content)} characters, the original has {len(original)}"
-            receipts.append(call.receipt("not_longer", detail, judged.usage))
+            examples.append(example(call.problem, content, suffix="reformatted"))
     return examples, receipts
