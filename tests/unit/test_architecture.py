@@ -13,7 +13,13 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "jaxdistill"
 
 # Left to right; a module imports its own layer and those to its left. Two chains share their first modules.
-TEXT = (("errors", "records", "manifest", "progress", "verify"), ("local_teacher",), ("collect",), ("curate",))
+TEXT = (
+    ("errors", "records", "manifest", "progress", "verify"),
+    ("transparency",),
+    ("local_teacher",),
+    ("collect",),
+    ("curate",),
+)
 ARRAYS = (
     ("errors", "records", "manifest", "progress", "chips", "sharding", "metrics", "rounding", "runtime", "weights"),
     ("models", "loss", "optim", "optim_state", "data", "train_step"),
@@ -27,7 +33,12 @@ ARRAYS = (
     ("cli",),
 )
 TEXT_MODULES = frozenset(module for layer in TEXT for module in layer)
-EXTRA = {"evaluate": frozenset({"collect", "verify"}), "demo": TEXT_MODULES, "cli": TEXT_MODULES}
+EXTRA = {
+    "evaluate": frozenset({"collect", "verify"}),
+    "report": frozenset({"transparency"}),
+    "demo": TEXT_MODULES,
+    "cli": TEXT_MODULES,
+}
 NEEDS_ACCELERATOR = frozenset({"jax", "jaxlib", "flax", "optax", "orbax", "grain"})  # each imports jax
 
 BUDGET_LINES, LIMIT_LINES = 300, 400
