@@ -28,7 +28,7 @@ ARRAYS = (
     ("evaluate",),
     ("train",),
     ("plan", "doctor"),
-    ("report",),
+    ("report", "launch"),
     ("demo",),
     ("cli",),
 )
