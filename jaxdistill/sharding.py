@@ -108,8 +108,8 @@ def gather(weight: jax.Array, dims: str, dtype: Any) -> jax.Array:
     its way back it is reduce-scattered over fsdp, what is left of it over context, and only then, in storage layout,
     all-reduced over data.
 
-    The gathers are written out, for the sake of the gradient: what is left to the partitioner is spelled as an
-    all-reduce of which a part is kept, and the TPU's compiler makes reduce-scatters of only some of those again.
+    The gathers are written out, with D in front, for the sake of the gradient. What is left to the partitioner becomes
+    an all-reduce of which a part is kept, and so does, on TPUs, a reduce-scatter of an array's last dimension.
     """
 
     axes = _axes(STORAGE["D"])
@@ -121,9 +121,10 @@ def gather(weight: jax.Array, dims: str, dtype: Any) -> jax.Array:
         return jax.sharding.reshard(weight, gathered)
 
     def local(w: jax.Array) -> jax.Array:
+        w = jnp.moveaxis(w, dims.index("D"), 0)
         for axis in reversed(axes):
-            w = jax.lax.all_gather(w, axis, axis=dims.index("D"), tiled=True, to="reduced")
-        return w
+            w = jax.lax.all_gather(w, axis, tiled=True, to="reduced")
+        return jnp.moveaxis(w, 0, dims.index("D"))
 
     moved: Any = jax.shard_map(local, in_specs=stored, out_specs=gathered)(weight)
     return moved

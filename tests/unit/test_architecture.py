@@ -16,7 +16,7 @@ PACKAGE = ROOT / "jaxdistill"
 TEXT = (("errors", "records", "manifest", "progress", "verify"), ("local_teacher",), ("collect",), ("curate",))
 ARRAYS = (
     ("errors", "records", "manifest", "progress", "chips", "sharding", "metrics", "rounding", "runtime", "weights"),
-    ("models", "loss", "optim", "optim_state", "data", "train_step"),
+    ("compiler", "models", "loss", "optim", "optim_state", "data", "train_step"),
     ("hf", "checkpoint", "export"),
     ("sample",),
     ("evaluate",),
