@@ -5,10 +5,10 @@ from collections import Counter
 
 from jaxdistill import thinking
 from jaxdistill.collect.calls import Reason
-from jaxdistill.curate.choices import chosen_option, find_choices, open_question
+from jaxdistill.curate.choices import answer_letter, chosen_option, find_choices, open_question
 from jaxdistill.curate.text import DRAWING, language, math_spans, named_numbers, numbers, prose
 from jaxdistill.records import Problem
-from jaxdistill.verify import Verifier, boxed_answers
+from jaxdistill.verify import Verifier, boxed_answers, extract_answer
 
 _TAGS = (thinking.OPEN, thinking.CLOSE)
 _CODE = re.compile(r"```.*?```", re.DOTALL)
@@ -22,12 +22,13 @@ def reformat_gate(problem: Problem, question: str, solution: str, verifier: Veri
     """
     if not (problem.answer or "").strip():
         return "unverifiable", "the original has no answer"
-    golds = dict.fromkeys((problem.answer or "", chosen_option(problem) or ""))
-    verdicts = [verifier.verify(solution, gold) for gold in golds if gold.strip()]
-    if not any(verdict.label == "correct" for verdict in verdicts):
-        last = verdicts[-1]
-        reason: Reason = "unverifiable" if last.label == "unverifiable" else "answer_changed"
-        return reason, f"rule {last.rule}: found {last.extracted!r}, the original has {list(golds)[-1]!r}"
+    letter = answer_letter(problem.answer or "")
+    if not letter or answer_letter(extract_answer(solution) or "") != letter:  # else both name the same option
+        gold = chosen_option(problem) or problem.answer or ""
+        verdict = verifier.verify(solution, gold)
+        if verdict.label != "correct":
+            reason: Reason = "unverifiable" if verdict.label == "unverifiable" else "answer_changed"
+            return reason, f"rule {verdict.rule}: found {verdict.extracted!r}, the original has {gold!r}"
     if lost := sorted(_boxed_numbers(problem.solution or "") - _boxed_numbers(solution)):
         return "answer_changed", f"no box has {', '.join(lost[:5])}"
     if detail := changed_numbers(problem, question):

@@ -27,7 +27,7 @@ _CORRECTION = re.compile(
 _RESULT = re.compile(
     r"(?P<name>(?:\\?[a-zA-Z]+(?:_\{?\w+\}?)?(?:\([^()=]{1,12}\))?|(?:[a-zA-Z]+\s*[+*-]\s*)+[a-zA-Z]+|"
     r"\d+(?:\.\d+)?(?:\s*(?:[-+*/×·]|\\cdot|\\times)\s*\d+(?:\.\d+)?)+))\s*(?:=|is|为|是|等于)\s*\$?\\?\(?\s*(?:\\boxed\{)?"
-    r"(?P<value>-?\d+(?:\.\d+)?(?:/\d+)?(?![\d.]*\s*(?:[-+*/^×·]|\\cdot|\\times|[a-zA-Z(])))"
+    r"(?P<value>-?\d+(?:\.\d+)?(?:/\d+)?(?!\.?\d)(?!\s*(?:[-+*/^×·]|\\cdot|\\times))(?![a-zA-Z(]))"
 )
 _FILLERS = frozenset(
     ("it", "that", "this", "answer", "which", "there", "he", "she", "what", "so", "value", "result", "one", "and")
@@ -61,6 +61,7 @@ def backtracks(text: str) -> list[tuple[str, str, str]]:
     """(name, earlier value, later value) of each result that changes after words of correction.
 
     A name that takes several values without such words is a variable of cases ("if x = 2 ... if x = 3"), no correction.
+    A sign of backtracking, not proof of it: cases tried within 400 characters after such words count too.
     """
     corrections = [match.start() for match in _CORRECTION.finditer(text)]
     values: dict[str, tuple[str, int]] = {}

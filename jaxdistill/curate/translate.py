@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
+from jaxdistill import thinking
 from jaxdistill.collect.calls import Call, Judged, Receipt, read_whole
 from jaxdistill.collect.campaign import Campaign
 from jaxdistill.collect.config import LEDGER, RunConfig, ready
@@ -96,8 +97,21 @@ def read_examples(path: Path) -> list[Example]:
 
 
 def _texts(one: Example) -> list[tuple[str, str]]:
-    """(name, text) of each message."""
-    return [(f"{one.id}@{index}", message["content"]) for index, message in enumerate(one.messages)]
+    """(name, text) of each message's thought, if it has one, and of the rest: think tags are not for translating."""
+    texts: list[tuple[str, str]] = []
+    for index, message in enumerate(one.messages):
+        thought, rest = thinking.split(message["content"])
+        parts = {_thought(one, index): thought, _rest(one, index): rest}
+        texts += [(name, text) for name, text in parts.items() if text]
+    return texts
+
+
+def _thought(one: Example, index: int) -> str:
+    return f"{one.id}@{index}/thought"
+
+
+def _rest(one: Example, index: int) -> str:
+    return f"{one.id}@{index}"
 
 
 def _lacks(one: Example, texts: Mapping[str, str]) -> bool:
@@ -107,11 +121,12 @@ def _lacks(one: Example, texts: Mapping[str, str]) -> bool:
 def _translated(one: Example, texts: Mapping[str, str]) -> Example | None:
     if _lacks(one, texts):
         return None
-    messages: tuple[Message, ...] = tuple(
-        {"role": message["role"], "content": texts[name]}
-        for message, (name, _) in zip(one.messages, _texts(one), strict=True)
-    )
-    return dataclasses.replace(one, id=f"{one.id}/{_TARGET}", messages=messages, provenance=(*one.provenance, one.id))
+    messages: list[Message] = []
+    for index, message in enumerate(one.messages):
+        thought, rest = texts.get(_thought(one, index)), texts.get(_rest(one, index), "")
+        messages.append({"role": message["role"], "content": rest if thought is None else thinking.join(thought, rest)})
+    provenance = (*one.provenance, one.id)
+    return dataclasses.replace(one, id=f"{one.id}/{_TARGET}", messages=tuple(messages), provenance=provenance)
 
 
 def _judge(call: Call, outcome: Response | Failure, _: Verifier) -> Judged:
