@@ -9,7 +9,6 @@ memory is read from VmHWM. Writes benchmarks/results/cpu_training.{json,md}.
 """
 
 import argparse
-import dataclasses
 import itertools
 import json
 import os
