@@ -81,10 +81,12 @@ $(TRANSFORMERS4)/.installed: requirements/transformers4.txt $(VENV)/.base
 # --- a newer Python and jax ------------------------------------------------------------------------------------------
 # The same pinned files, in a virtual environment of its own. For Linux on x86_64 and Python 3.12 or newer the index
 # holds torch's CUDA build alone: 4.7 GB installed, which runs on the CPU. JAX=0.11.2 tests that jax instead of the pin.
-# jax's CUDA plugin (400 MB) compiles for GPUs that are not here; the cuDNN it asks for comes with that torch.
+# jax's CUDA plugin (400 MB) compiles for GPUs that are not here, with NVIDIA's assembler (300 MB) and the cuDNN that
+# comes with that torch.
 # tokamax brings some 50 packages there (xprof, its server, Google's clouds), so it is no part of the development extras.
 NEWEST_PYTHON ?=
 TOKAMAX ?= tokamax==0.0.17
+PTXAS ?= nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88
 JAX ?=
 NEWEST := .venv-newest$(addprefix -jax-,$(JAX))
 
@@ -101,7 +103,7 @@ $(NEWEST)/.dev: requirements/dev.txt requirements/smollm2.txt pyproject.toml
 	$(if $(JAX),$(call pip,$(NEWEST)) --no-deps jax==$(JAX) jaxlib==$(JAX))
 	$(call pip,$(NEWEST)) $(TORCH) $(TOKAMAX) 'jax[tpu]'
 	version=$$($(NEWEST)/bin/python -c 'import jax; print(jax.__version__)') && \
-	  $(call pip,$(NEWEST)) --no-deps jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version
+	  $(call pip,$(NEWEST)) --no-deps jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version $(PTXAS)
 	@touch $@
 
 # --- the pins --------------------------------------------------------------------------------------------------------

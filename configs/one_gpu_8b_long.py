@@ -4,7 +4,8 @@
     jaxdistill plan configs/one_gpu_8b_long.py --hardware h100 --documents 8
 
 Hardware: one GPU with 80 GB and 180 GB of host memory that it can pin; planned, never run: 73.5 GiB of 79 on the GPU
-and 168 GiB on the host, more than the margin of a tenth that `plan` leaves. Weights and moments are bfloat16, rounded stochastically; the moments and each layer's input wait in the host's memory, the MLP works on a
+and 168 GiB on the host. That is 0.7 GiB more than the margin that `plan` leaves, so it says no. Weights and moments are
+bfloat16, rounded stochastically; the moments and each layer's input wait in the host's memory, the MLP works on a
 stretch of the row at a time. cuDNN's offsets end at 524,287 tokens of 32 heads. Qwen3-8B has 40,960 positions, so the
 context is extended by a larger RoPE base.
 """

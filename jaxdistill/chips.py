@@ -19,6 +19,7 @@ class Chip:
     link_bandwidth: float  # bytes/s within a slice or a node, over all links
     network_bandwidth: float  # bytes/s between slices or nodes
     host_bytes: float  # host memory that falls to one chip
+    host_bandwidth: float = 16e9  # bytes/s between chip and host; of TPUs not published, PCIe 3 x16 is assumed
     topology: str = ""  # what jax calls the generation when it compiles ahead of time
     devices: int = 1  # of jax in one chip
     usd_per_hour: float | None = None  # on demand, list price of 2025; prices differ by region and contract
@@ -40,6 +41,7 @@ _H100 = Chip(
     link_bandwidth=450 * _G,
     network_bandwidth=50 * _G,
     host_bytes=250 * _GIB,
+    host_bandwidth=64 * _G,
     usd_per_hour=3.00,
 )
 CHIPS: Mapping[str, Chip] = {
@@ -128,6 +130,7 @@ CHIPS: Mapping[str, Chip] = {
             link_bandwidth=300 * _G,
             network_bandwidth=25 * _G,
             host_bytes=250 * _GIB,
+            host_bandwidth=32 * _G,
         ),
     )
 }

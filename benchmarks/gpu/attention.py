@@ -87,7 +87,7 @@ def _time(tokens: int, documents: int) -> dict[str, Any]:
 
     @jax.jit
     def both(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
-        return jax.vjp(lambda *x: _attend(backend, *x, segments), q, k, v)[1](d_out)
+        return jax.vjp(lambda q, k, v: _attend(backend, q, k, v, segments), q, k, v)[1](d_out)
 
     jax.block_until_ready(both(q, k, v))
     seconds = []

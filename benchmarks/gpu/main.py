@@ -80,14 +80,14 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _parts(options: argparse.Namespace, folder: Path) -> list[Part]:
     """What is to run, the most telling first: should time run out, the others are left for the next call."""
-    smoke = ("--smoke",) if options.smoke else ()
+    smoke, memory = ("--smoke",) if options.smoke else (), str(_memory_gib())
     found = [Part(name, (f"{name}.py", *smoke), "jax") for name in ("attention", "peak") if name in options.parts]
     models, rows = (["smoke"], [256]) if options.smoke else (options.models, options.rows)
     for model in models:
         for row in rows:
-            shape = ("--model", model, "--row", str(row))
+            shape = ("--model", model, "--row", str(row), "--memory-gib", memory)
             if "step" in options.parts:
-                profile = ("--profile", str(folder / "profile")) if (model, row) == (models[0], rows[-1]) else ()
+                profile = ("--profile", str(folder / f"profile-{row}")) if model == models[0] else ()
                 found.append(Part(f"step {model} {row}", ("step.py", *shape, *profile), "jax"))
             if "peer" in options.parts:
                 found.append(Part(f"peer {model} {row}", ("peer.py", *shape), "torch"))
@@ -111,6 +111,7 @@ def _run(part: Part, folder: Path, left: float) -> str | None:
     environment = os.environ | {
         "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95",
         "JAX_COMPILATION_CACHE_DIR": _CACHE,
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
         "TORCHINDUCTOR_CACHE_DIR": f"{_CACHE}-torch",
     }
     output = _output(part, folder)
@@ -130,6 +131,15 @@ def _run(part: Part, folder: Path, left: float) -> str | None:
 
 def _output(part: Part, folder: Path) -> Path:
     return folder / f"part-{part.name.replace(' ', '-')}.json"
+
+
+def _memory_gib() -> float:
+    """Of the GPU, by which both sides choose how many layers a model has; a little where there is none."""
+    smi = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        return float(subprocess.run(smi, capture_output=True, text=True, check=True).stdout.split()[0]) / 1024
+    except (OSError, subprocess.CalledProcessError):
+        return 8.0
 
 
 def _environment() -> dict[str, Any]:

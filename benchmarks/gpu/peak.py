@@ -37,9 +37,7 @@ def _seconds(f: Callable[..., jax.Array], *arguments: jax.Array) -> float:
     tries = []
     for _ in range(5):
         started = time.perf_counter()
-        for _ in range(10):
-            out = f(*arguments)
-        jax.block_until_ready(out)
+        jax.block_until_ready([f(*arguments) for _ in range(10)])
         tries.append((time.perf_counter() - started) / 10)
     return min(tries)
 

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import functools
+import inspect
 import json
 import time
 from pathlib import Path
@@ -25,10 +26,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", required=True)
     parser.add_argument("--row", type=int, required=True)
+    parser.add_argument("--memory-gib", type=float, required=True, help="of the device")
     options = parser.parse_args()
     on_gpu = torch.cuda.is_available()
-    memory = torch.cuda.get_device_properties(0).total_memory if on_gpu else 8 * shapes.GIB
-    case, attempts = shapes.case(options.model, options.row, memory), []
+    case, attempts = shapes.case(options.model, options.row, options.memory_gib * shapes.GIB), []
     for recompute in (False, True):  # what torch keeps of all layers is tried first: it is the faster where it fits
         try:
             peer = _Peer(case, recompute, on_gpu)
@@ -49,14 +50,16 @@ def _packed(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: f
 
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     bounds, longest = rest["bounds"], rest["longest"]
-    ways = {"window_size": (-1, 0), "enable_gqa": True}
-    if "enable_gqa" not in varlen.varlen_attn.__kwdefaults__:  # of torch before 2.12
-        q_per_k = q.shape[1] // k.shape[1]
-        k, v = (x.repeat_interleave(q_per_k, dim=1) for x in (k, v))
-        del ways["enable_gqa"]
-    if "window_size" not in varlen.varlen_attn.__kwdefaults__:
-        ways = {"is_causal": True}
-    out: Any = varlen.varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, **ways)
+    known = inspect.signature(varlen.varlen_attn).parameters  # they differ between versions of torch
+    ways: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    if "enable_gqa" in known:
+        ways["enable_gqa"] = True
+    else:
+        group = q.shape[1] // k.shape[1]
+        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    if "scale" in known:
+        ways["scale"] = scaling  # 1 / sqrt(H), which is the default too
+    out: Any = varlen.varlen_attn(q, k, v, bounds, bounds, longest, longest, **ways)
     return out[None], None
 
 

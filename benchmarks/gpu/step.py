@@ -29,11 +29,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", required=True)
     parser.add_argument("--row", type=int, required=True)
+    parser.add_argument("--memory-gib", type=float, required=True, help="of the device")
     parser.add_argument("--profile", type=Path, help="folder for a trace of the row with 4 documents")
     options = parser.parse_args()
     device = jax.devices()[0]
-    chip, stats = chips.of_device(device.device_kind), device.memory_stats() or {}
-    case = shapes.case(options.model, options.row, stats.get("bytes_limit", 8 * shapes.GIB))
+    chip = chips.of_device(device.device_kind)
+    case = shapes.case(options.model, options.row, options.memory_gib * shapes.GIB)
     with jax.set_mesh(sharding.MeshConfig().build([device])):
         run = _Run(case, device.platform)
         found = [run.measure(documents, chip) for documents in shapes.DOCUMENTS]
@@ -54,7 +55,8 @@ class _Run:
         self.state: State = train_step.new_state(_random(template), optimizer, seed=0)
         batch = self._batch(1)
         started = time.perf_counter()
-        self.step: Any = train_step.make_step(config, attention, self.c, optimizer).lower(self.state, batch).compile()
+        step: Any = train_step.make_step(config, attention, self.c, optimizer)
+        self.step = step.lower(self.state, batch).compile()
         self.compile_s = time.perf_counter() - started
 
     def _batch(self, documents: int) -> Any:

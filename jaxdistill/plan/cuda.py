@@ -1,4 +1,4 @@
-"""NVIDIA GPUs that are not here: how XLA is told what it compiles for, which of TPUs it knows by their name."""
+"""NVIDIA GPUs that are not here: what XLA is told of them, as it knows TPUs alone by name."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -59,9 +59,8 @@ def devices(hardware: Hardware) -> Sequence[Any]:
     """
     nodes, gpus = hardware.shape
     topology = f"{nodes}x1x{gpus}"  # groups that are joined by NVLink, hosts of each, GPUs of each host
-    return topologies.get_topology_desc(
-        platform="cuda", target_config=target_config(hardware), topology=topology
-    ).devices
+    config = target_config(hardware)
+    return topologies.get_topology_desc(platform="cuda", target_config=config, topology=topology).devices
 
 
 def with_moments_on_host(step: Any) -> Any:

@@ -50,6 +50,7 @@ class Estimate:
     attention_s: float
     memory_s: float  # norms, gates and the optimizer's update: bytes through the device's memory
     wire_s: float  # collectives
+    host_s: float  # to the host's memory and back
     tokens: int  # positions in a step
     model_flops: float  # of a step, as MFU counts them
     peak_flops: float  # FLOP/s of all chips
@@ -60,13 +61,13 @@ class Estimate:
 
     @property
     def fastest_s(self) -> float:
-        """With collectives hidden behind all else, as far as they are shorter."""
-        return max(self.busy_s, self.wire_s)
+        """With collectives and transfers hidden behind all else, as far as they are shorter."""
+        return max(self.busy_s, self.wire_s, self.host_s)
 
     @property
     def slowest_s(self) -> float:
         """With nothing hidden."""
-        return self.busy_s + self.wire_s
+        return self.busy_s + self.wire_s + self.host_s
 
     @property
     def step_s(self) -> float:
@@ -84,8 +85,7 @@ class Estimate:
     @property
     def bound(self) -> str:
         """What takes the most time."""
-        parts = {"matmul": self.matmul_s, "attention": self.attention_s, "memory": self.memory_s, "wire": self.wire_s}
-        return max(parts, key=parts.__getitem__)
+        return max(("matmul", "attention", "memory", "wire", "host"), key=lambda part: getattr(self, f"{part}_s"))
 
 
 FORMULA = (
@@ -93,8 +93,8 @@ FORMULA = (
     "layers' 6 or 8 have the peak of step.matmul_dtype; MFU counts against the peak of bfloat16; "
     "attention_s = tokens x (7 + 2 if recomputed) x layers x heads x head_dim x document length / (chips x peak x "
     "share); memory_s = (2 x state + gradients + activations read and written) / (bandwidth x share); wire_s = ring "
-    "bytes of every collective / (bandwidth of its links x share); step_s is half-way between all collectives hidden "
-    "and none"
+    "bytes of every collective / (bandwidth of its links x share); host_s = what is kept on the host, there and back / "
+    "its bandwidth; step_s is half-way between all collectives and transfers hidden and none"
 )
 
 
@@ -108,6 +108,7 @@ def estimate(
     state_bytes: float,
     wire: Iterable[Collective],
     matmul_dtype: MatmulDtype = "compute",
+    host_bytes: float = 0.0,
 ) -> Estimate:
     """The step of a run on this hardware.
 
@@ -115,6 +116,7 @@ def estimate(
       tokens: positions of all rows in a step.
       document_tokens: length of the document that a token sits in, averaged over tokens.
       state_bytes: of weights and optimizer on one device.
+      host_bytes: between one device and its host in a step, both ways together.
     """
     chip, share = hardware.chip, EFFICIENCY[hardware.chip.platform]
     again, attention_again = RECOMPUTED[remat]
@@ -138,6 +140,7 @@ def estimate(
         attention_s=attention / (peak * share.attention),
         memory_s=(2.5 * state_bytes + elementwise) / bandwidth,
         wire_s=sum((s.wire_bytes / (wire_bandwidth(hardware, mesh, s.group) * share.wire) for s in wire), 0.0),
+        host_s=host_bytes / (chip.host_bandwidth / chip.devices),
         tokens=tokens,
         model_flops=tokens * c.flops_per_token(document_tokens),
         peak_flops=peak,
@@ -177,8 +180,8 @@ def expected_collectives(
 ) -> list[Collective]:
     """What a step should send by the design of the sharding, for ranking meshes before any is compiled.
 
-    Weights are gathered over fsdp for the forward and the backward pass in bfloat16, or those of the layers in 8 bits;
-    gradients come back the other way in bfloat16;
+    Weights are gathered for the forward and the backward pass, a device's part over context and those over fsdp, in
+    bfloat16 or those of the layers in 8 bits; gradients come back the other way in bfloat16;
     tensor parallelism reduces each layer's two outputs in both directions, and the first again where it is recomputed;
     context parallelism gathers keys and values, and scatters their gradients.
     """
@@ -187,13 +190,14 @@ def expected_collectives(
     weights, again = sum(c.matmul_weights) // tensor * 2, RECOMPUTED[remat][0]
     in_8_bits = c.matmul_weights[0] // tensor * (matmul_dtype != "compute")
     found = []
-    if fsdp > 1:
-        found.append(Collective("all-gather", weights - 2 * in_8_bits, fsdp, "bf16", 2))
-        if in_8_bits:
-            found.append(Collective("all-gather", in_8_bits, fsdp, matmul_dtype, 2))
-        found.append(Collective("reduce-scatter", weights, fsdp, "bf16", 1))
-    if (replicas := mesh["data"] * context) > 1:
-        found.append(Collective("all-reduce", weights // fsdp, replicas, "bf16", 1))
+    for share, group in ((1, fsdp), (fsdp, context)):
+        if group > 1:
+            found.append(Collective("all-gather", (weights - 2 * in_8_bits) // share, group, "bf16", 2))
+            if in_8_bits:
+                found.append(Collective("all-gather", in_8_bits // share, group, matmul_dtype, 2))
+            found.append(Collective("reduce-scatter", weights // share, group, "bf16", 1))
+    if mesh["data"] > 1:
+        found.append(Collective("all-reduce", weights // (fsdp * context), mesh["data"], "bf16", 1))
     if tensor > 1:
         x = local // context * c.embed * 2
         found.append(Collective("all-reduce", x, tensor, "bf16", int(c.layers * (4 + again))))

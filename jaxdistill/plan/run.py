@@ -11,12 +11,14 @@ from rich.table import Table
 
 from jaxdistill import manifest, sharding
 from jaxdistill.data import chat, loader
-from jaxdistill.errors import RunError
+from jaxdistill.errors import RunError, UserError
 from jaxdistill.models import quantized
 from jaxdistill.models.config import Config
-from jaxdistill.plan import ahead, hardware, roofline, search
+from jaxdistill.plan import ahead, hardware, measured, roofline, search
 from jaxdistill.plan.collectives import Collective
 from jaxdistill.plan.hardware import Hardware
+from jaxdistill.plan.measured import Measured
+from jaxdistill.plan.search import OptimizerState
 from jaxdistill.train import TrainConfig, read_architecture
 
 _GIB = 2**30
@@ -32,8 +34,15 @@ class PlanConfig:
     tokens: int | None = None  # positions of all rows of all steps; by default the recipe's, where its data is here
     document_tokens: float | None = None  # document length averaged over tokens; by default the data's, or a row's
     documents: int | None = None  # of a row at most, its padding counted as one; memory of cudnn grows with them
-    search: bool = False  # over meshes and remat policies, instead of the recipe's own
+    search: bool = False  # over meshes, remat policies, row lengths and optimizer states, instead of the recipe's own
+    search_rows: tuple[int, ...] = ()  # tokens of rows to try, none below the longest document; else the recipe's
+    search_states: tuple[OptimizerState, ...] = ("float32", "offloaded", "bfloat16")  # to try, the preferred first
     compiled: int = 3  # ways that a search is after: it compiles, as formulas rank them, until so many fit
+    measured: Path | None = None  # folder of a run of this very recipe, whose steps are held against the plan
+
+    def __post_init__(self):
+        if self.search and self.measured:
+            raise UserError("search and measured do not go together: a run is held against the recipe's own way")
 
     @property
     def workdir(self) -> Path:
@@ -77,7 +86,9 @@ def main(config: PlanConfig) -> list[Plan]:
     work = work_of(config, base, c)
     console.print(f"data: {work.source}")
     if config.search:
-        found = search.candidates(train, c, target, devices[0], work.document_tokens)
+        found = search.candidates(
+            train, c, target, devices[0], work.document_tokens, config.search_rows, config.search_states
+        )
         ways, wanted = [(way.config, way.sizes) for way in found], config.compiled
         console.print(f"{len(ways)} ways fit by formula; compiling, best first, until {wanted} fit by the compiler")
     else:
@@ -85,17 +96,23 @@ def main(config: PlanConfig) -> list[Plan]:
     plans: list[Plan] = []
     for way, sizes in ways:
         plans.append(_plan(way, c, target, sizes, devices, work, config.documents))
-        console.print(_line(plans[-1]))
+        console.print(_line(plans[-1], target))
         if sum(not plan.problem for plan in plans) == wanted:
             break
     plans.sort(key=lambda plan: (plan.problem != "", plan.estimate.step_s))
-    manifest.write_json(config.workdir / f"{config.hardware.replace(':', '-')}.json", _record(plans, target, work))
     best = plans[0]
+    ran = measured.compare(config.measured, best.config, best.estimate) if config.measured else None
+    manifest.write_json(config.workdir / f"{config.hardware.replace(':', '-')}.json", _record(plans, target, work, ran))
     if best.problem or best.step is None:
         remedy = "use more chips, shorter rows or a leaner state" if config.search else "--search tries other ways"
         raise RunError(f"{target}: {best.problem}; {remedy}")
     for renderable in _report(best, best.step, c, target, work):
         console.print(renderable)
+    if ran:
+        console.print(
+            f"measured: {ran.step_s:.3f} s a step, the median of {ran.steps} in {ran.run}; predicted "
+            f"{best.estimate.step_s:.3f}, {ran.predicted_over_measured:.2f} of it"
+        )
     return plans
 
 
@@ -139,6 +156,7 @@ def _plan(
         step.memory.weights + step.memory.optimizer,
         step.collectives,
         way.step.matmul_dtype,
+        search.host_bytes(c, way, sizes),
     )
     limit, host_limit = search.USABLE * target.device_memory, target.device_host_memory
     problem = ""
@@ -149,15 +167,21 @@ def _plan(
     return Plan(way, sizes, step, estimate, problem)
 
 
-def _line(plan: Plan) -> str:
-    """One way in one line."""
+def _line(plan: Plan, target: Hardware) -> str:
+    """One way in one line, with what bounds it."""
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan.sizes.items() if size > 1) or "one device"
-    of_step = f"{mesh}, remat {plan.config.step.remat}, accumulate {plan.config.step.accumulate}"
+    config, step = plan.config, plan.config.step
+    state = config.phases[0].optim.state_dtype + (" with moments on the host" if step.offload_moments else "")
+    way = f"{mesh}, rows of {config.row_tokens:,}, accumulate {step.accumulate}, remat {step.remat}, state {state}"
     if plan.step is None:
-        return f"{of_step}: {plan.problem}"
-    held = f"{plan.step.memory.total / _GIB:.1f} GiB a device"
-    speed = f"{plan.estimate.step_s:.2f} s a step, MFU {plan.estimate.mfu:.0%}, mostly {plan.estimate.bound}"
-    return f"{of_step}: {held}, {speed}; compiled in {plan.step.compile_s:.0f} s" + (
+        return f"{way}: {plan.problem}"
+    estimate, memory = plan.estimate, plan.step.memory
+    held = f"memory {memory.total / _GIB:.1f} of {target.device_memory / _GIB:.2f} GiB"
+    if memory.host:
+        held += f" and {memory.host / _GIB:.1f} of {target.device_host_memory / _GIB:.0f} on the host"
+    speed = f"{estimate.step_s:.2f} s a step, MFU {estimate.mfu:.0%}"
+    bound = f"{estimate.bound}-bound ({getattr(estimate, f'{estimate.bound}_s'):.2f} s)"
+    return f"{way}: {speed}, {bound}, {held}; compiled in {plan.step.compile_s:.0f} s" + (
         f"; does not fit: {plan.problem}" if plan.problem else ""
     )
 
@@ -174,7 +198,7 @@ def _report(plan: Plan, step: ahead.Compiled, c: Config, target: Hardware, work:
     if narrow := sharding.narrow_parts(c.sizes(), plan.sizes):
         yield f"warning: {narrow}"
     seconds = Table("of a step", "seconds")
-    for name in ("matmul_s", "attention_s", "memory_s", "wire_s", "fastest_s", "slowest_s", "step_s"):
+    for name in ("matmul_s", "attention_s", "memory_s", "wire_s", "host_s", "fastest_s", "slowest_s", "step_s"):
         seconds.add_row(name, f"{getattr(estimate, name):.3f}")
     yield seconds
     rate = estimate.tokens_per_s
@@ -202,9 +226,11 @@ def _warnings(found: list[Collective], sizes: Mapping[str, int]) -> Iterable[str
     large = [
         one.payload_bytes
         for one in found
-        if one.kind == "all-reduce" and one.payload_bytes > _LARGE_REDUCE and one.group != sizes["tensor"]
+        if one.kind == "all-reduce"
+        and one.payload_bytes > _LARGE_REDUCE
+        and one.group not in (sizes["tensor"], sizes["data"])  # Megatron's sums, and those of a device's own part
     ]
-    if large and sizes["fsdp"] > 1:
+    if large:
         yield (
             f"warning: {len(large)} all-reduces of up to {max(large) / 2**20:,.0f} MiB where a reduce-scatter would do"
         )
@@ -217,20 +243,22 @@ def _cost(estimate: roofline.Estimate, target: Hardware, work: Work) -> Iterable
     yield f"{'the recipe' if work.tokens else 'a billion tokens'}: {hours:,.1f} hours{dollars}"
 
 
-def _record(plans: list[Plan], target: Hardware, work: Work) -> dict[str, Any]:
-    """What is kept of a plan, to be held against the run."""
+def _record(plans: list[Plan], target: Hardware, work: Work, ran: Measured | None) -> dict[str, Any]:
+    """What is kept of a plan, and of the run that it was held against."""
     return {
         "hardware": str(target),
         "jax": jax.__version__,
         "work": dataclasses.asdict(work),
         "efficiency": roofline.EFFICIENCY[target.chip.platform]._asdict(),
         "formula": roofline.FORMULA,
+        "measured": dataclasses.asdict(ran) if ran else None,
         "plans": [
             {
                 "mesh": plan.sizes,
                 "step": dataclasses.asdict(plan.config.step),
                 "batch_rows": plan.config.batch_rows,
                 "row_tokens": plan.config.row_tokens,
+                "state_dtype": plan.config.phases[0].optim.state_dtype,
                 "problem": plan.problem,
                 "memory": dataclasses.asdict(plan.step.memory) if plan.step else None,
                 "collectives": [dataclasses.asdict(one) for one in plan.step.collectives] if plan.step else None,

@@ -1,10 +1,10 @@
-"""Which mesh and which remat policy: every one that divides evenly, ranked by formula; the best are then compiled."""
+"""Which mesh, remat policy, row length and optimizer state: all that come out even, ranked by formula."""
 
 import dataclasses
 import itertools
 import typing
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import jax.numpy as jnp
 
@@ -30,6 +30,9 @@ _SAVED_WIDTHS: Mapping[Remat, int] = {
     "matmuls": 9,
     "none": 20,
 }
+# What the optimizer's state is: in float32, with the moments on the host, or in bfloat16, rounded stochastically
+OptimizerState = Literal["float32", "offloaded", "bfloat16"]
+_PREFERENCE = 0.02  # of a step's time: what a state that is named later must save to be ranked first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,28 +45,65 @@ class Candidate:
 
 
 def candidates(
-    config: TrainConfig, c: Config, hardware: Hardware, device: Any, document_tokens: float
+    config: TrainConfig,
+    c: Config,
+    hardware: Hardware,
+    device: Any,
+    document_tokens: float,
+    row_tokens: Sequence[int] = (),
+    states: Sequence[OptimizerState] = (),
 ) -> list[Candidate]:
     """All ways that divide evenly and should fit, fastest first; the recipe's tokens in a step stay what they are.
+
+    Args:
+      row_tokens: lengths of rows to try; by default the recipe's.
+      states: to try, the preferred first; by default the recipe's.
 
     Raises:
       UserError: there is none.
     """
-    found, too_large = [], 0
-    for sizes, step in _meshes(config, c, hardware.devices, device):
-        for remat in typing.get_args(Remat):
-            way = dataclasses.replace(config, mesh=MeshConfig(**sizes), step=dataclasses.replace(step, remat=remat))
-            if _expected_bytes(c, way, sizes) > USABLE * hardware.device_memory:
-                too_large += 1
-                continue
-            found.append(Candidate(way, sizes, of(way, c, hardware, sizes, document_tokens)))
-    if not found:
+    ranked: list[tuple[float, Candidate]] = []
+    too_large = 0
+    for rank, variant in _variants(config, row_tokens, states):
+        for sizes, step in _meshes(variant, c, hardware.devices, device):
+            for remat in typing.get_args(Remat):
+                steps = dataclasses.replace(step, remat=remat)
+                way = dataclasses.replace(variant, mesh=MeshConfig(**sizes), step=steps)
+                if _expected_bytes(c, way, sizes) > USABLE * hardware.device_memory:
+                    too_large += 1
+                    continue
+                found = Candidate(way, sizes, of(way, c, hardware, sizes, document_tokens))
+                ranked.append((found.estimate.step_s * (1 + _PREFERENCE * rank), found))
+    if not ranked:
         raise UserError(
-            f"no mesh of {hardware} holds {config.batch_rows} rows of {config.row_tokens} at a time: "
-            f"{too_large} ways divide evenly and none fits by formula; use more chips, shorter rows or a leaner "
-            "optimizer state"
+            f"no mesh of {hardware} holds {config.batch_rows * config.row_tokens} tokens a step in rows of "
+            f"{', '.join(map(str, row_tokens or [config.row_tokens]))}: {too_large} ways divide evenly and none fits "
+            "by formula; use more chips, shorter rows or a leaner optimizer state"
         )
-    return sorted(found, key=lambda candidate: candidate.estimate.step_s)
+    return [found for _, found in sorted(ranked, key=lambda pair: pair[0])]
+
+
+def _variants(
+    config: TrainConfig, row_tokens: Sequence[int], states: Sequence[OptimizerState]
+) -> Iterator[tuple[int, TrainConfig]]:
+    """The recipe with every row length and state, and the place of the state among those to try."""
+    tokens = config.batch_rows * config.row_tokens
+    for length in row_tokens or [config.row_tokens]:
+        if tokens % length:
+            raise UserError(
+                f"rows of {length} tokens do not make up a step of {config.batch_rows} x {config.row_tokens} = "
+                f"{tokens} evenly; choose other row lengths"
+            )
+        rows, pieces = tokens // length, dataclasses.replace(config.step, accumulate=1)
+        of_length = dataclasses.replace(config, row_tokens=length, batch_rows=rows, step=pieces)
+        if not states:
+            yield 0, of_length
+        for rank, state in enumerate(states):
+            dtype: Literal["float32", "bfloat16"] = "bfloat16" if state == "bfloat16" else "float32"
+            optimizers = [dataclasses.replace(phase.optim, state_dtype=dtype) for phase in config.phases]
+            phases = [dataclasses.replace(p, optim=o) for p, o in zip(config.phases, optimizers, strict=True)]
+            step = dataclasses.replace(pieces, offload_moments=state == "offloaded")
+            yield rank, dataclasses.replace(of_length, phases=tuple(phases), step=step)
 
 
 def of(
@@ -74,8 +114,8 @@ def of(
     step = config.step
     sent = roofline.expected_collectives(c, sizes, step.remat, tokens // pieces, step.matmul_dtype)
     repeated = [dataclasses.replace(collective, times=collective.times * pieces) for collective in sent]
-    state = _state_bytes(c, config) / (sizes["fsdp"] * sizes["tensor"])
-    how = step.remat, tokens, document_tokens, state, repeated, step.matmul_dtype
+    state = _state_bytes(c, config) / (sizes["fsdp"] * sizes["context"] * sizes["tensor"])
+    how = step.remat, tokens, document_tokens, state, repeated, step.matmul_dtype, host_bytes(c, config, sizes)
     return roofline.estimate(c, hardware, sizes, *how)
 
 
@@ -98,6 +138,19 @@ def _meshes(config: TrainConfig, c: Config, devices: int, device: Any) -> Iterat
             yield sizes, step
 
 
+def host_bytes(c: Config, config: TrainConfig, sizes: Mapping[str, int]) -> float:
+    """Between a device and its host in a step, there and back: moments, and what `offload` saves of each layer."""
+    moved = 0.0
+    if config.step.offload_moments:
+        shards = sizes["fsdp"] * sizes["context"] * sizes["tensor"]
+        itemsize = jnp.dtype(config.phases[0].optim.state_dtype).itemsize
+        moved += 2 * 2 * itemsize * weights.count(decoder.template(c)) / shards
+    if config.step.remat == "offload":
+        positions = config.batch_rows * config.row_tokens / (sizes["data"] * sizes["fsdp"] * sizes["context"])
+        moved += 2 * 2 * c.layers * positions * (c.embed + c.heads * c.head_dim / sizes["tensor"])
+    return moved
+
+
 def _state_bytes(c: Config, config: TrainConfig) -> float:
     """Weights and both of Adam's moments, those that are on the devices."""
     copies = 1 if config.step.offload_moments else 3
@@ -106,7 +159,7 @@ def _state_bytes(c: Config, config: TrainConfig) -> float:
 
 def _expected_bytes(c: Config, config: TrainConfig, sizes: dict[str, int]) -> float:
     """Of one device: state and gradients, what is saved of each layer, and a layer's weights gathered twice."""
-    shards = sizes["fsdp"] * sizes["tensor"]
+    shards = sizes["fsdp"] * sizes["context"] * sizes["tensor"]
     positions = config.row_tokens // sizes["context"]
     gradients = 4 * weights.count(decoder.template(c))
     state = (_state_bytes(c, config) + gradients) / shards

@@ -61,7 +61,7 @@ def test_many_stretches_lose_no_precision_in_bfloat16(monkeypatch: pytest.Monkey
 
     def error(stretch: int) -> float:
         _, (_, found) = gradients(stretch, monkeypatch, jnp.bfloat16)
-        return max(np.linalg.norm(found[name] - exact[name]) / np.linalg.norm(exact[name]) for name in DIMS)
+        return max(float(np.linalg.norm(found[name] - exact[name]) / np.linalg.norm(exact[name])) for name in DIMS)
 
     assert error(4) < 1.1 * error(T)
 
