@@ -55,11 +55,15 @@ def main() -> None:
     lines = [
         "# Loss of SmolLM2-135M with its projections in 8 bits",
         "",
-        f"`.venv/bin/python benchmarks/precision.py` at {manifest.commit()}, {os.cpu_count()} {platform.machine()} "
-        "cores.",
+        (
+            f"`.venv/bin/python benchmarks/precision.py` at {manifest.commit()}, {os.cpu_count()} {platform.machine()} "
+            "cores."
+        ),
         f"{len(rows)} AdamW steps at a learning rate of {PEAK_LR}, each on another row of {asked.row_tokens} tokens;",
-        "nats/token of a row before the step that trains on it. float8 and int8 are emulated, with the rest in "
-        "float32.",
+        (
+            "nats/token of a row before the step that trains on it. float8 and int8 are emulated, with the rest in "
+            "float32."
+        ),
         "Difference = loss - loss in float32 on the same row after as many steps.",
         "",
         "| way | mean loss | mean difference | largest difference | mean difference of the last quarter |",

@@ -41,7 +41,7 @@ COMMANDS = {
     "evaluate": Command("jaxdistill.evaluate.run", "EvaluateConfig", "model + task -> scores with intervals"),
     "export": Command("jaxdistill.export", "ExportConfig", "checkpoint -> verified Hugging Face folder"),
     "doctor": Command(
-        "jaxdistill.doctor", "DoctorConfig", "what works on this machine, and why not more", writes=False
+        "jaxdistill.doctor", "DoctorConfig", "what works on this machine, or at --teacher's API", writes=False
     ),
 }
 

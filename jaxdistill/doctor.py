@@ -1,4 +1,4 @@
-"""`jaxdistill doctor`: the versions and devices that jax finds here, which attention and matrix products they have."""
+"""`jaxdistill doctor`: what jax finds here, which attention and products run on it; or what a teacher's API does."""
 
 import dataclasses
 import os
@@ -7,6 +7,7 @@ from typing import Any, get_args
 import jax
 
 from jaxdistill import manifest
+from jaxdistill.collect import check
 from jaxdistill.errors import RunError
 from jaxdistill.models import quantized
 from jaxdistill.models.attention import Backend, backends
@@ -14,15 +15,22 @@ from jaxdistill.models.attention import Backend, backends
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DoctorConfig:
-    """What works on this machine. There is nothing to set."""
+    """What works on this machine, or, with a teacher's name, what works at its API."""
+
+    teacher: str | None = None  # model to call once, cheaply; its API is the one whose profile knows the model
+    base_url: str | None = None  # another API
+    api_key_env: str | None = None  # environment variable with the key; None takes the profile's
 
 
 def main(config: DoctorConfig) -> None:
     """Prints what it finds.
 
     Raises:
-      RunError: jax finds no device; the versions were printed before.
+      RunError: jax finds no device (the versions were printed before), or the teacher gives no answer.
     """
+    if config.teacher is not None:
+        check.check(check.config_of(config.teacher, config.base_url, config.api_key_env))
+        return
     for package, version in manifest.versions().items():
         print(f"{package:20} {version}")
     try:

@@ -30,7 +30,8 @@ _PACKAGES = (
     "orbax-checkpoint",
     "grain",
     "transformers",
-    "openai",
+    "httpx2",
+    "genai-prices",
     "math-verify",
 )
 

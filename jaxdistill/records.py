@@ -39,6 +39,7 @@ class Usage:
     prompt_tokens: int = 0
     output_tokens: int = 0
     reasoning_tokens: int = 0
+    cached_tokens: int = 0  # prompt tokens that the provider had in its cache, often cheaper
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,6 +68,9 @@ class Chain:
     cost_usd: float
     verdict: Verdict
     created: float  # seconds since the epoch
+    prompt: str = ""  # name of the prompt file and SHA-256 of its text, as name@hash; empty without one
+    latency_s: float = 0.0  # from sending the request to the whole answer
+    flags: tuple[str, ...] = ()  # what a reader should know: two_answers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -185,7 +189,7 @@ def _value(value: Any, hint: Any, where: str) -> Any:
 
 def to_json(row: Any) -> str:
     """One row as one line of JSON, without the newline; ASCII, so that half an emoji that an API sent is kept."""
-    return json.dumps(dataclasses.asdict(row), allow_nan=False)
+    return json.dumps(row if isinstance(row, dict) else dataclasses.asdict(row), allow_nan=False)
 
 
 def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Any]) -> int:

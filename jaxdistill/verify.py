@@ -12,9 +12,11 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxdistill import thinking
 from jaxdistill.records import Verdict
 
 ANSWER_CHARACTERS = 4096  # a longer box holds reasoning, not an answer
@@ -33,15 +35,28 @@ def extract_answer(text: str) -> str | None:
     Escaped braces do not count, a box that never closes is ignored, and of nested boxes the outermost is taken,
     unless it holds nothing but a box.
     """
-    answer_part = text.rpartition("</think>")[2]
-    if "<think>" in answer_part:
-        return None
-    return _last_box(answer_part)
+    return _last_box(thinking.split(text)[1])
+
+
+def boxed_answers(text: str) -> list[str]:
+    """What the answer part boxes, in order, boxes inside others left out."""
+    boxes: list[tuple[int, int]] = []
+    answer = thinking.split(text)[1]
+    for start, end in _boxes(answer):
+        while boxes and boxes[-1][0] > start:  # inside this one, which closed later
+            boxes.pop()
+        boxes.append((start, end))
+    return [_content(answer[start:end]) for start, end in boxes]
 
 
 def _last_box(text: str) -> str | None:
+    boxes = list(_boxes(text))  # an enclosing box closes later than the inner one
+    return _content(text[slice(*boxes[-1])]) if boxes else None
+
+
+def _boxes(text: str) -> Iterator[tuple[int, int]]:
+    """Where the content of each box starts and ends, as they close."""
     open_braces: list[int | None] = []  # where the content of a box starts; None for a plain brace
-    last: tuple[int, int] | None = None
     for token in _BOX_OR_BRACE.finditer(text):
         if token["box"]:
             open_braces.append(token.end())
@@ -50,10 +65,12 @@ def _last_box(text: str) -> str | None:
         elif token[0] == "}" and open_braces:
             start = open_braces.pop()
             if start is not None:
-                last = (start, token.start())  # an enclosing box closes later and replaces the inner one
-    if last is None:
-        return None
-    content = text[last[0] : last[1]].strip()
+                yield start, token.start()
+
+
+def _content(content: str) -> str:
+    """What a box holds; a box that holds nothing but a box is that one."""
+    content = content.strip()
     while len(content) <= ANSWER_CHARACTERS and (box := _BOX_OR_BRACE.match(content)) and box["box"]:
         inner = content[box.end() : -1]
         if not content.endswith("}") or not _balanced(inner):

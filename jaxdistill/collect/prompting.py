@@ -1,5 +1,6 @@
 """Prompts are versioned text files; this reads them and fills in their {names}."""
 
+import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,11 @@ def read_prompt(name: str, folder: Path) -> str:
             f"prompt {name!r} is not in {folder}; expected one of {sorted(p.stem for p in folder.glob('*.txt'))}"
         )
     return path.read_text(encoding="utf-8").strip()
+
+
+def prompt_id(name: str, text: str) -> str:
+    """What records say about the prompt they were made with: name@hash, so that an edited file is another prompt."""
+    return f"{name}@{hashlib.sha256(text.encode()).hexdigest()[:16]}" if name else ""
 
 
 def fill(template: str, values: Mapping[str, str]) -> str:

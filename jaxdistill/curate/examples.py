@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from jaxdistill.collect.reply import join_reasoning
+from jaxdistill import thinking
 from jaxdistill.errors import UserError
 from jaxdistill.manifest import write_config, write_manifest
 from jaxdistill.records import Chain, Example, Problem, read_jsonl, write_jsonl
@@ -58,7 +58,7 @@ def chains_to_examples(chains: Iterable[Chain]) -> Iterator[Example]:
             )
         *prompt, last = chain.messages
         reasoning = last.get("reasoning_content")
-        content = last["content"].strip() if reasoning is None else join_reasoning(reasoning, last["content"])
+        content = last["content"].strip() if reasoning is None else thinking.join(reasoning, last["content"])
         yield Example(
             id=chain.id,
             messages=(*(m for m in prompt if m.get("role") != "system"), {"role": "assistant", "content": content}),

@@ -5,31 +5,30 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
-from jaxdistill.collect.client import TeacherConfig, read_key
-from jaxdistill.collect.prompting import fill, read_prompt
-from jaxdistill.collect.run import Receipt, answers, conclude, cost_usd, judge, plan_call, read_problems
+from jaxdistill.collect.calls import Receipt, read_problems
+from jaxdistill.collect.campaign import Campaign
+from jaxdistill.collect.config import LEDGER, RunConfig, ready
+from jaxdistill.collect.estimate import estimate
+from jaxdistill.collect.ledger import Ledger
+from jaxdistill.collect.output import conclude, costs
+from jaxdistill.collect.prompting import fill, prompt_id, read_prompt
+from jaxdistill.collect.reply import read_reply
+from jaxdistill.collect.request import Request, Response
+from jaxdistill.collect.sampling import Sampling
 from jaxdistill.curate.examples import example
 from jaxdistill.errors import UserError
 from jaxdistill.manifest import write_config, write_manifest
-from jaxdistill.records import Example, Usage, write_jsonl
+from jaxdistill.records import Example, Problem, write_jsonl
 from jaxdistill.verify import Verifier
 
 CURATE_PROMPTS = Path(__file__).parent / "prompts"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ReformatConfig:
-    """Which solutions to rewrite, by whom, and where the examples go."""
+class ReformatConfig(RunConfig):
+    """Which solutions to rewrite, by whom, where the examples go, and what it may cost."""
 
-    problems: Path  # JSON Lines of Problem, each with a solution and an answer
-    workdir: Path  # run folder: ledger.sqlite, examples.jsonl, dropped.jsonl, config.json, manifest.json
-    teacher: TeacherConfig = TeacherConfig()
     prompt: str = "reformat.v1"  # user message with {problem} and {solution}, a file of curate/prompts without its .txt
-    verify_timeout_s: float = 10.0  # seconds for one comparison with the gold answer
-
-    def __post_init__(self) -> None:
-        if not self.verify_timeout_s > 0:
-            raise UserError(f"verify_timeout_s is {self.verify_timeout_s}, expected more than 0 seconds")
 
 
 def main(config: ReformatConfig) -> Mapping[str, int]:
@@ -39,50 +38,66 @@ def main(config: ReformatConfig) -> Mapping[str, int]:
 
     Raises:
       UserError: as `jaxdistill.collect.run.main`, or a prompt without its two names.
-      RunError: as `jaxdistill.collect.run.conclude`; all files are written.
+      RunError: as `jaxdistill.collect.output.conclude`; all files are written.
     """
     problems = read_problems(config.problems)
     template = read_prompt(config.prompt, CURATE_PROMPTS)
     if missing := [name for name in ("{problem}", "{solution}") if name not in template]:
         raise UserError(f"prompt {config.prompt!r} has no {' and no '.join(missing)}; expected both")
-    read_key(config.teacher)  # a missing key ends the command before it writes anything
+    teacher = ready(config)
+    prompt_name = prompt_id(config.prompt, template)
+
+    def asking(problem: Problem, sample_index: int, max_tokens: int | None) -> Request:
+        content = fill(template, {"problem": problem.problem, "solution": problem.solution or ""})
+        return teacher.request(({"role": "user", "content": content},), sample_index, prompt_name, max_tokens)
+
+    dropped = [receipt for problem in problems if (receipt := _unusable(problem))]
+    usable = [problem for problem in problems if not _unusable(problem)]
+    sampling = Sampling(usable, asking, samples=1, larger_max_tokens=config.teacher.larger_max_tokens)
+    if config.dry_run:
+        print(estimate(teacher, config, sampling))
+        return {}
     write_config(config.workdir, config)
-    calls, dropped = [], []
-    for problem in problems:
-        if problem.answer is None or not problem.solution:
-            lacks = "gold answer" if problem.answer is None else "solution"
-            detail = f"the problem has no {lacks}; not asked"
-            dropped.append(Receipt(id=problem.id, problem_id=problem.id, reason="unverifiable", detail=detail))
-            continue
-        prompt = fill(template, {"problem": problem.problem, "solution": problem.solution})
-        calls.append(plan_call(config.teacher, problem, ({"role": "user", "content": prompt},)))
-    examples: list[Example] = []
-    used: dict[str, Usage] = {}  # by request: problems of equal words are one, and paid for once
-    with Verifier(timeout_s=config.verify_timeout_s) as verifier:
-        outcomes = answers(config.teacher, config.workdir, calls, "reformat")
-        for call, outcome in outcomes:
-            judged = judge(call, outcome, verifier)
-            if isinstance(judged, Receipt):
-                dropped.append(judged)
-                used[call.key] = judged.usage
-                continue
-            reply = judged[0]
-            used[call.key] = reply.usage
-            original = call.problem.solution or ""
-            if len(reply.content) <= len(original):
-                detail = f"{len(reply.content)} characters, the original has {len(original)}"
-                dropped.append(call.receipt("not_longer", detail, reply.usage))
-            else:
-                examples.append(example(call.problem, reply.content, suffix="reformatted"))
+    path = config.workdir / LEDGER
+    with Ledger(path) as ledger, Verifier(timeout_s=config.verify_timeout_s) as verifier:
+        campaign = Campaign(teacher, ledger, sampling, config, verifier)
+        account = campaign.run("reformat", path)
+        examples, receipts = _sort(sampling, ledger)
+    dropped += receipts
     write_jsonl(config.workdir / "examples.jsonl", examples)
     write_jsonl(config.workdir / "dropped.jsonl", dropped)
     reasons = collections.Counter(receipt.reason for receipt in dropped)
     names = ("wrong", "truncated", "failed", "unverifiable", "not_longer")
     counts = {"kept": len(examples), **{name: reasons[name] for name in names}}
-    facts = {
-        "prompt": {"name": config.prompt, "text": template},
-        "cost_usd": sum(cost_usd(config.teacher, usage) for usage in used.values()),
-    }
+    facts = {"prompt": {"name": prompt_name, "text": template}, **costs(account, sampling, teacher)}
     write_manifest(config.workdir, "reformat", [config.problems], counts, **facts)
-    conclude("reformat", config.workdir / "examples.jsonl", counts, outcomes, dropped)
+    drops = [receipt.detail for receipt in dropped]
+    conclude("reformat", config.workdir / "examples.jsonl", counts, sampling.in_order(), drops, account, campaign.ended)
     return counts
+
+
+def _unusable(problem: Problem) -> Receipt | None:
+    """Why a problem is not asked about."""
+    if problem.answer is not None and problem.solution:
+        return None
+    detail = f"the problem has no {'gold answer' if problem.answer is None else 'solution'}; not asked"
+    return Receipt(id=problem.id, problem_id=problem.id, reason="unverifiable", detail=detail)
+
+
+def _sort(sampling: Sampling, ledger: Ledger) -> tuple[list[Example], list[Receipt]]:
+    """The rewrites to keep, and why the others are not."""
+    examples: list[Example] = []
+    receipts: list[Receipt] = []
+    for call, judged in sampling.in_order():
+        if judged.reason is not None:
+            receipts.append(call.receipt(judged.reason, judged.detail, judged.usage))
+            continue
+        response = ledger.result(call.key)
+        assert isinstance(response, Response)
+        content, original = read_reply(response.raw).content, call.problem.solution or ""
+        if len(content) > len(original):
+            examples.append(example(call.problem, content, suffix="reformatted"))
+        else:
+            detail = f"{len(content)} characters, the original has {len(original)}"
+            receipts.append(call.receipt("not_longer", detail, judged.usage))
+    return examples, receipts

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from jaxdistill import export, manifest, metrics, records, train
 from jaxdistill.collect import run as collect
-from jaxdistill.collect.client import TeacherConfig
+from jaxdistill.collect.teacher import TeacherConfig
 from jaxdistill.curate import examples, reformat
 from jaxdistill.data import chat
 from jaxdistill.demo import student
@@ -148,10 +148,13 @@ class Demo:
                     problems=self.workdir / "problems" / "reformat.jsonl",
                     workdir=self.workdir / _REFORMATTED,
                     teacher=teacher,
+                    unknown_price=True,  # what is asked for is bounded and was printed
                 )
             )
             chains = collect.main(
-                collect.CollectConfig(problems=train_file, workdir=self.workdir / _DISTILLED, teacher=teacher)
+                collect.CollectConfig(
+                    problems=train_file, workdir=self.workdir / _DISTILLED, teacher=teacher, unknown_price=True
+                )
             )
         rows = records.read_jsonl(self.workdir / _DISTILLED / "chains.jsonl", Chain)
         records.write_jsonl(self.workdir / _DISTILLED / "examples.jsonl", examples.chains_to_examples(rows))

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.progress import TextColumn
 from rich.table import Table
 
-from jaxdistill import manifest, records
+from jaxdistill import manifest, records, thinking
 from jaxdistill.checkpoint import base_of, fingerprint
 from jaxdistill.data import chat
 from jaxdistill.errors import RunError, UserError
@@ -28,8 +28,6 @@ from jaxdistill.sample.engine import Output, Request
 from jaxdistill.sample.run import engine_for
 from jaxdistill.sharding import MeshConfig
 from jaxdistill.verify import Verifier
-
-_THINKING_ENDS = "</think>"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -213,7 +211,7 @@ def _sample(plan: _Plan, left: dict[str, tuple[Problem, int]]) -> Iterator[Compl
 
 def _completion(plan: _Plan, output: Output, problem: Problem, index: int, tokenizer: Any) -> Completion:
     text = tokenizer.decode(output.tokens, skip_special_tokens=True)
-    thinking = _thinking_tokens(text, len(output.tokens), tokenizer)
+    thought = _thinking_tokens(text, len(output.tokens), tokenizer)
     return Completion(
         id=output.id,
         task=plan.task.name,
@@ -222,18 +220,18 @@ def _completion(plan: _Plan, output: Output, problem: Problem, index: int, token
         seed=plan.seed(output.id),
         settings=plan.settings(problem),
         text=text,
-        thinking_tokens=thinking,
-        answer_tokens=len(output.tokens) - thinking,
+        thinking_tokens=thought,
+        answer_tokens=len(output.tokens) - thought,
         finish_reason=output.finish_reason,
     )
 
 
 def _thinking_tokens(text: str, tokens: int, tokenizer: Any) -> int:
     """Tokens up to the end of the thinking part; all of them if it never ends, none if there is none."""
-    thought, mark, _ = text.rpartition(_THINKING_ENDS)
+    thought, mark, _ = text.rpartition(thinking.CLOSE)
     if mark:
         return min(tokens, len(tokenizer(thought + mark, add_special_tokens=False)["input_ids"]))
-    return tokens if text.lstrip().startswith("<think>") else 0
+    return tokens if thinking.OPEN in text else 0
 
 
 def read_completions(workdir: Path) -> list[tuple[Completion, records.Score]]:

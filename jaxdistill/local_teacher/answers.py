@@ -12,6 +12,8 @@ from jaxdistill.local_teacher.thoughts import UNKNOWN, Thought, count_tokens, fi
 
 MODEL = "local-teacher"
 REFORMAT_WORDS = "rewrite the solution"  # what the prompts of curate/prompts/reformat.* say
+LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+PRICES_USD = (1.0, 4.0)  # per million prompt and output tokens; play money, as in collect/profiles/local.toml
 Outcome = Literal["right", "wrong", "truncated", "unknown", "rate_limited", "server_error"]
 
 
@@ -56,8 +58,8 @@ class BadRequest(ValueError):  # noqa: N818  (named after the HTTP status)
         self.param, self.status, self.code = param, status, code
 
 
-def check(raw: bytes) -> dict[str, Any]:
-    """Parses and checks a chat-completions body.
+def check(raw: bytes, through_responses: bool = False) -> dict[str, Any]:
+    """Parses and checks a chat-completions body, or one of the Responses API, whose `input` may be a text.
 
     Raises:
       BadRequest: it is not JSON, or a field this server reads has a wrong type or value.
@@ -73,8 +75,11 @@ def check(raw: bytes) -> dict[str, Any]:
     if body["model"] != MODEL:
         message = f"The model {body['model']!r} does not exist; this server has {MODEL!r}."
         raise BadRequest(message, "model", status=404, code="model_not_found")
-    _check_messages(body.get("messages"))
-    for name in ("max_tokens", "max_completion_tokens"):
+    asked = "input" if through_responses else "messages"
+    if isinstance(body.get("input"), str):
+        body["input"] = [{"role": "user", "content": body["input"]}]
+    _check_messages(body.get(asked), asked)
+    for name in LIMITS:
         value = body.get(name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise BadRequest(f"{name} is {value!r:.80}; expected an integer of at least 1.", name)
@@ -91,20 +96,26 @@ def check(raw: bytes) -> dict[str, Any]:
     return body
 
 
-def _check_messages(messages: Any) -> None:
+def _check_messages(messages: Any, name: str) -> None:
     if not isinstance(messages, list) or not messages:
-        raise BadRequest("messages is missing or empty; expected a non-empty list of {role, content}.", "messages")
+        raise BadRequest(f"{name} is missing or empty; expected a non-empty list of {{role, content}}.", name)
     for index, message in enumerate(messages):
-        where = f"messages[{index}]"
+        where = f"{name}[{index}]"
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             raise BadRequest(f"{where} is not an object with a content of type string.", where)
         if message.get("role") not in ("system", "developer", "user", "assistant"):
             raise BadRequest(f"{where}.role is {message.get('role')!r:.80}; expected system, user or assistant.", where)
 
 
+def messages_of(body: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The conversation in a body of either API."""
+    return body["messages"] if "messages" in body else body["input"]
+
+
 def body_hash(body: Mapping[str, Any]) -> str:
-    """SHA-256 of a body, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    """SHA-256 of a body, whatever the order of its keys and whether it is worked on in the background."""
+    asked = {name: value for name, value in body.items() if name not in ("background", "store")}
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +133,7 @@ def answer(body: Mapping[str, Any], attempt: int, seed: int, faults: Faults) -> 
     outcome = faults.draw(rng)
     if outcome in ("rate_limited", "server_error"):
         return Answer(outcome)
-    text = next((m["content"] for m in reversed(body["messages"]) if m["role"] == "user"), "")
+    text = next((m["content"] for m in reversed(messages_of(body)) if m["role"] == "user"), "")
     task = parse(text)
     if task is None:
         outcome, thought = "unknown", Thought("", UNKNOWN)
@@ -130,7 +141,7 @@ def answer(body: Mapping[str, Any], attempt: int, seed: int, faults: Faults) -> 
         thought = Thought("", reformatted(task, rng if outcome == "wrong" else None))
     else:
         thought = long_thought(task, rng, wrong_turn_rate=faults.wrong_turn, wrong=outcome == "wrong")
-    limits = [body[name] for name in ("max_tokens", "max_completion_tokens") if body.get(name) is not None]
+    limits = [body[name] for name in LIMITS if body.get(name) is not None]
     length = count_tokens(thought.reasoning) + count_tokens(thought.content)
     if outcome == "truncated":
         limits.append(max(1, int(length * rng.uniform(0.2, 0.8))))
@@ -150,9 +161,7 @@ def completion(body: Mapping[str, Any], reply: Answer, request_id: str, created:
     message: dict[str, Any] = {"role": "assistant", "content": reply.thought.content, "refusal": None}
     if reply.thought.reasoning:
         message["reasoning_content"] = reply.thought.reasoning
-    prompt_tokens = sum(count_tokens(m["content"]) for m in body["messages"])
-    reasoning_tokens = count_tokens(reply.thought.reasoning)
-    output_tokens = reasoning_tokens + count_tokens(reply.thought.content)
+    prompt_tokens, output_tokens, reasoning_tokens = _usage(body, reply)
     return {
         "id": f"chatcmpl-{request_id.removeprefix('req_')}",
         "object": "chat.completion",
@@ -165,5 +174,46 @@ def completion(body: Mapping[str, Any], reply: Answer, request_id: str, created:
             "total_tokens": prompt_tokens + output_tokens,
             "prompt_tokens_details": {"cached_tokens": 0},
             "completion_tokens_details": {"reasoning_tokens": reasoning_tokens},
+        },
+    }
+
+
+def _usage(body: Mapping[str, Any], reply: Answer) -> tuple[int, int, int]:
+    """Prompt, output and reasoning tokens."""
+    reasoning_tokens = count_tokens(reply.thought.reasoning)
+    output_tokens = reasoning_tokens + count_tokens(reply.thought.content)
+    return sum(count_tokens(m["content"]) for m in messages_of(body)), output_tokens, reasoning_tokens
+
+
+def response_object(body: Mapping[str, Any], reply: Answer, request_id: str, created: int) -> dict[str, Any]:
+    """The answer in the shape of the Responses API, which returns a summary of the reasoning where one is asked for."""
+    prompt_tokens, output_tokens, reasoning_tokens = _usage(body, reply)
+    name = request_id.removeprefix("req_")
+    output: list[dict[str, Any]] = []
+    if reply.thought.reasoning:
+        lines = reply.thought.reasoning.splitlines()
+        wanted = isinstance(body.get("reasoning"), dict) and body["reasoning"].get("summary")
+        summary = [{"type": "summary_text", "text": f"{lines[0]} {lines[-1]}"}] if wanted else []
+        output.append({"id": f"rs_{name}", "type": "reasoning", "summary": summary})
+    text = {"type": "output_text", "text": reply.thought.content, "annotations": []}
+    if reply.thought.content:
+        message = {"id": f"msg_{name}", "type": "message", "role": "assistant", "content": [text]}
+        output.append({**message, "status": "completed"})
+    cut = reply.finish_reason == "length"
+    return {
+        "id": f"resp_{name}",
+        "object": "response",
+        "created_at": created,
+        "status": "incomplete" if cut else "completed",
+        "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
+        "error": None,
+        "model": MODEL,
+        "output": output,
+        "usage": {
+            "input_tokens": prompt_tokens,
+            "input_tokens_details": {"cached_tokens": 0},
+            "output_tokens": output_tokens,
+            "output_tokens_details": {"reasoning_tokens": reasoning_tokens},
+            "total_tokens": prompt_tokens + output_tokens,
         },
     }

@@ -1,14 +1,8 @@
-"""The local teacher as a real server process: OpenAI's chat-completions shape over HTTP on loopback."""
+"""The local teacher as a real server process on loopback."""
 
 import argparse
-import asyncio
-import collections
 import contextlib
 import dataclasses
-import hashlib
-import hmac
-import json
-import math
 import os
 import socket
 import subprocess
@@ -18,140 +12,12 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from jaxdistill.local_teacher.answers import MODEL, Answer, BadRequest, Faults, answer, body_hash, check, completion
+from jaxdistill.local_teacher.answers import Faults
+from jaxdistill.local_teacher.app import Teacher, TeacherOptions
 
 START_S = 60.0  # limit for the server process to say that it listens; slow only on a busy disk
-BODY_BYTES = 1 << 20  # largest request body read
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TeacherOptions:
-    """How the server behaves."""
-
-    seed: int = 0  # of every draw: faults, wrong turns, slips
-    faults: Faults = dataclasses.field(default_factory=Faults)
-    latency_s: float = 0.0  # seconds from a request to its answer
-    retry_after_s: int = 1  # seconds a 429 asks to wait
-    requests_per_minute: int = 100_000  # told in the x-ratelimit headers; not enforced
-    key_sha256: str = ""  # SHA-256 of the only key let in, in hexadecimal; empty lets everybody in
-    log: Path | None = None  # JSON Lines, one object a request
-
-    def __post_init__(self) -> None:
-        if self.latency_s < 0 or self.retry_after_s < 0:
-            raise ValueError(
-                f"latency_s is {self.latency_s} and retry_after_s {self.retry_after_s}, expected 0 or more"
-            )
-
-
-class Teacher:
-    """The handlers and what they remember: attempts per body, the last minute's requests, the log."""
-
-    def __init__(self, options: TeacherOptions):
-        self.options = options
-        self.attempts: collections.Counter[str] = collections.Counter()
-        self.recent: collections.deque[float] = collections.deque()
-        self.served = 0
-        self.log = options.log.open("a", encoding="utf-8", buffering=1) if options.log else None
-
-    def app(self) -> Any:
-        """The Starlette application."""
-        from starlette.applications import Starlette
-        from starlette.exceptions import HTTPException
-        from starlette.responses import JSONResponse
-        from starlette.routing import Route
-
-        async def models(request: Any) -> Any:
-            return JSONResponse(
-                {"object": "list", "data": [{"id": MODEL, "object": "model", "owned_by": "jaxdistill"}]}
-            )
-
-        async def health(request: Any) -> Any:
-            return JSONResponse({"status": "ok", "served": self.served})
-
-        async def http_error(request: Any, error: Any) -> Any:
-            words = f"{request.method} {request.url.path}: {error.detail}"
-            return JSONResponse(_error(words, "invalid_request_error"), error.status_code)
-
-        return Starlette(
-            routes=[
-                Route("/v1/chat/completions", self.chat, methods=["POST"]),
-                Route("/v1/models", models),
-                Route("/health", health),
-            ],
-            exception_handlers={HTTPException: http_error},
-        )
-
-    async def chat(self, request: Any) -> Any:
-        """Answers POST /v1/chat/completions."""
-        from starlette.responses import JSONResponse
-
-        received = time.time()
-        self.served += 1
-        request_id = f"req_{os.getpid()}_{self.served}"
-        headers = {"x-request-id": request_id, **self._rate_headers(received)}
-        entry: dict[str, Any] = {"request_id": request_id, "received": received}
-        try:
-            self._let_in(request.headers.get("authorization", ""))
-            body = check(await _read(request))
-        except BadRequest as error:
-            self._write(entry, status=error.status, outcome="refused", message=str(error))
-            content = _error(str(error), "invalid_request_error", error.param, error.code)
-            return JSONResponse(content, error.status, headers)
-        key = body_hash(body)
-        self.attempts[key] += 1
-        attempt = self.attempts[key]
-        if self.options.latency_s:
-            await asyncio.sleep(self.options.latency_s)
-        reply = answer(body, attempt, self.options.seed, self.options.faults)
-        status, content = self._content(body, reply, request_id)
-        if status == 429:
-            headers["retry-after"] = str(self.options.retry_after_s)
-        self._write(entry, status=status, outcome=reply.outcome, body_sha256=key, attempt=attempt)
-        return JSONResponse(content, status, headers)
-
-    def _content(self, body: dict[str, Any], reply: Answer, request_id: str) -> tuple[int, dict[str, Any]]:
-        if reply.outcome == "rate_limited":
-            return 429, _error("Rate limit reached for requests.", "requests", code="rate_limit_exceeded")
-        if reply.outcome == "server_error":
-            return 500, _error("The server had an error while processing your request.", "server_error")
-        return 200, completion(body, reply, request_id, int(time.time()))
-
-    def _let_in(self, authorization: str) -> None:
-        expected = self.options.key_sha256
-        given = hashlib.sha256(authorization.removeprefix("Bearer ").encode()).hexdigest()
-        if expected and not hmac.compare_digest(given, expected):
-            raise BadRequest("Incorrect API key provided.", status=401, code="invalid_api_key")
-
-    def _rate_headers(self, now: float) -> dict[str, str]:
-        self.recent.append(now)
-        while self.recent[0] < now - 60:
-            self.recent.popleft()
-        limit = self.options.requests_per_minute
-        return {
-            "x-ratelimit-limit-requests": str(limit),
-            "x-ratelimit-remaining-requests": str(max(0, limit - len(self.recent))),
-            "x-ratelimit-reset-requests": f"{math.ceil(60 - (now - self.recent[0]))}s",
-        }
-
-    def _write(self, entry: dict[str, Any], **facts: Any) -> None:
-        if self.log:
-            self.log.write(json.dumps({**entry, **facts, "answered": time.time()}) + "\n")
-
-
-async def _read(request: Any) -> bytes:
-    """The request body, refused as soon as it is too long."""
-    body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > BODY_BYTES:
-            raise BadRequest(f"The body is longer than {BODY_BYTES} bytes.", status=413)
-    return bytes(body)
-
-
-def _error(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+_OTHER = ("faults", "log", "script")  # options whose arguments are written otherwise
 
 
 @contextlib.contextmanager
@@ -197,10 +63,9 @@ def _python_path() -> str:
 
 def _arguments(options: TeacherOptions) -> list[str]:
     """The command-line form of the options; `_options` reads it back."""
-    values = {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if f.name not in ("faults", "log")}
+    values = {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if f.name not in _OTHER}
     values |= {f"{name}_rate": rate for name, rate in dataclasses.asdict(options.faults).items()}
-    if options.log:
-        values["log"] = options.log.resolve()
+    values |= {name: path.resolve() for name in ("log", "script") if (path := getattr(options, name))}
     return [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
 
 
@@ -210,13 +75,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--ready-file", type=Path, help="file that receives the base URL once the server listens")
     parser.add_argument("--end-with-stdin", action="store_true", help="end when standard input is closed")
     parser.add_argument("--log", type=Path, help="JSON Lines file, one object a request")
+    parser.add_argument("--script", type=Path, help="JSON Lines file: what happens to the requests, in turn")
     for field in dataclasses.fields(TeacherOptions):
-        if field.name not in ("faults", "log"):
+        if field.name not in _OTHER:
             assert not isinstance(field.default, dataclasses._MISSING_TYPE)
-            parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
+            kind = _boolean if isinstance(field.default, bool) else type(field.default)
+            parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default)
     for field in dataclasses.fields(Faults):
         parser.add_argument(f"--{field.name.replace('_', '-')}-rate", type=float, default=field.default)
     return parser
+
+
+def _boolean(text: str) -> bool:
+    return text == "True"
 
 
 def _options(arguments: argparse.Namespace) -> TeacherOptions:

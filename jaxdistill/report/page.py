@@ -7,6 +7,7 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
+from jaxdistill import thinking
 from jaxdistill.evaluate.grade import Summary
 from jaxdistill.evaluate.statistics import CONFIDENCE, RESAMPLES
 from jaxdistill.report import plots
@@ -84,9 +85,6 @@ def _render(page: Page) -> str:
 
 
 def _parts(text: str) -> dict[str, str]:
-    """The reasoning, which ends at the last `</think>`, and the answer: those that have text."""
-    reasoning, mark, answer = text.rpartition("</think>")
-    if not mark and answer.lstrip().startswith("<think>"):  # cut off while thinking
-        reasoning, answer = answer, ""
-    parts = {"reasoning": reasoning.strip().removeprefix("<think>").strip(), "answer": answer.strip()}
-    return {name: part for name, part in parts.items() if part}
+    """The reasoning and the answer: those that have text."""
+    reasoning, answer = thinking.split(text)
+    return {name: part for name, part in (("reasoning", reasoning), ("answer", answer)) if part}

@@ -80,7 +80,7 @@ def test_recipe_with_a_wrong_value_says_what_the_configuration_says(
 ) -> None:
     path = tmp_path / "recipe.py"
     path.write_text(
-        "from jaxdistill.collect.client import TeacherConfig\nconfig = lambda: TeacherConfig(in_flight=0)\n"
+        "from jaxdistill.collect.teacher import TeacherConfig\nconfig = lambda: TeacherConfig(in_flight=0)\n"
     )
     assert fails(capsys, "collect", str(path)) == "error: teacher.in_flight is 0, expected at least 1\n"
 

@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
-from jaxdistill.collect.client import TeacherConfig
-from jaxdistill.collect.run import CollectConfig, Receipt, main
+from jaxdistill.collect.calls import Receipt
+from jaxdistill.collect.run import CollectConfig, main
+from jaxdistill.collect.teacher import TeacherConfig
 from jaxdistill.curate import examples
 from jaxdistill.curate.examples import answers_only, chains_to_examples
 from jaxdistill.errors import RunError, UserError
@@ -43,7 +44,7 @@ def test_verified_chains_and_a_receipt_for_every_other(tmp_path: Path, capsys: p
     open_problem = Problem(id="open", problem="Is P equal to NP?")
     log = tmp_path / "log.jsonl"
     with running_teacher(TeacherOptions(faults=FAULTS, retry_after_s=0, log=log)) as base_url:
-        config = config_for(tmp_path, base_url, [*problems, open_problem], output_price_usd=2.0)
+        config = config_for(tmp_path, base_url, [*problems, open_problem], input_price_usd=0.0, output_price_usd=2.0)
         counts = main(config)
         outcomes = collections.Counter(entry["outcome"] for entry in log_entries(log))
         assert counts == {
@@ -187,7 +188,7 @@ def test_killed_at_random_moments_no_finished_request_is_asked_again(tmp_path: P
         config = config_for(tmp_path, base_url, generate("all", 200, seed=2, split="train"), in_flight=8)
         program = f"""
 from pathlib import Path
-from jaxdistill.collect.client import TeacherConfig
+from jaxdistill.collect.teacher import TeacherConfig
 from jaxdistill.collect.run import CollectConfig, main
 problems, workdir = Path({str(config.problems)!r}), Path({str(config.workdir)!r})
 main(CollectConfig(problems=problems, workdir=workdir, teacher={config.teacher!r}))

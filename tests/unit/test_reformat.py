@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxdistill.collect.client import TeacherConfig
-from jaxdistill.collect.run import Receipt
+from jaxdistill.collect.calls import Receipt
+from jaxdistill.collect.teacher import TeacherConfig
 from jaxdistill.curate.reformat import ReformatConfig, main
 from jaxdistill.errors import RunError, UserError
 from jaxdistill.local_teacher.answers import Faults

@@ -1,0 +1,105 @@
+"""Planned calls, what became of each, and the receipts for those that gave no chain."""
+
+import collections
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from jaxdistill.collect.reply import UnreadableReply, read_reply
+from jaxdistill.collect.request import Failure, Request, Response
+from jaxdistill.errors import UserError
+from jaxdistill.records import Problem, Usage, Verdict, read_jsonl
+from jaxdistill.verify import Verifier, boxed_answers, extract_answer
+
+Reason = Literal["wrong", "truncated", "unverifiable", "failed", "not_longer"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Receipt:
+    """Why something was dropped."""
+
+    id: str  # of the chain that is missing
+    problem_id: str
+    reason: Reason
+    detail: str
+    request_key: str = ""  # in the ledger, which holds the raw answer; empty where nothing was asked
+    usage: Usage = Usage()  # what it cost all the same
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One planned call: `id` is problem id / sample index."""
+
+    problem: Problem
+    request: Request
+    key: str
+
+    @property
+    def id(self) -> str:
+        """Id of the chain it may become."""
+        return f"{self.problem.id}/{self.request.sample_index}"
+
+    def receipt(self, reason: Reason, detail: str, usage: Usage) -> Receipt:
+        """The receipt if it becomes none."""
+        names = {"id": self.id, "problem_id": self.problem.id, "request_key": self.key}
+        return Receipt(**names, reason=reason, detail=detail, usage=usage)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Judged:
+    """What became of a call; the text stays in the ledger."""
+
+    reason: Reason | None  # None: verified
+    detail: str = ""
+    usage: Usage = Usage()
+    nano: int = 0  # cost in billionths of a dollar
+    verdict: Verdict | None = None
+    flags: tuple[str, ...] = ()
+    again: bool = False  # it has no answer yet: the next run asks again
+
+
+def judge(call: Call, outcome: Response | Failure, verifier: Verifier) -> Judged:
+    """Whether an answer is whole and right, or what is wrong with it."""
+    if isinstance(outcome, Failure):
+        return Judged(reason="failed", detail=outcome.detail, again=not outcome.permanent)
+    try:
+        reply = read_reply(outcome.raw)
+    except UnreadableReply as error:
+        return Judged(reason="failed", detail=str(error), nano=outcome.nano)
+    found = {"usage": reply.usage, "nano": outcome.nano}
+    if reply.finish_reason == "length":
+        detail = f"finish_reason is length after {reply.usage.output_tokens} output tokens"
+        return Judged(reason="truncated", detail=detail, **found)
+    if reply.finish_reason != "stop":
+        return Judged(reason="failed", detail=f"finish_reason is {reply.finish_reason}", **found)
+    assert call.problem.answer is not None
+    verdict = verifier.verify(reply.text, call.problem.answer)
+    flags = ("two_answers",) if boxes_differ(reply.text, verifier) else ()
+    if verdict.label == "correct":
+        return Judged(reason=None, verdict=verdict, flags=flags, **found)
+    detail = f"rule {verdict.rule}: found {verdict.extracted!r}, gold answer {call.problem.answer!r}"
+    return Judged(reason=verdict.label, detail=detail, verdict=verdict, flags=flags, **found)
+
+
+def boxes_differ(text: str, verifier: Verifier) -> bool:
+    """Whether the answer part boxes two answers that are not equal."""
+    last = extract_answer(text)
+    others = set(boxed_answers(text)) - {last}
+    return last is not None and any(verifier.equivalent(other, last).label == "wrong" for other in others)
+
+
+def read_problems(path: Path) -> list[Problem]:
+    """Reads problems.
+
+    Raises:
+      UserError: the file is missing, malformed or empty, or two problems have one id.
+    """
+    problems = list(read_jsonl(path, Problem))
+    repeated = [name for name, count in collections.Counter(p.id for p in problems).items() if count > 1]
+    if repeated:
+        raise UserError(
+            f"{path}: {len(repeated)} ids are not unique, such as {repeated[:3]}; give every problem its own id"
+        )
+    if not problems:
+        raise UserError(f"{path}: holds no problem; expected at least one line")
+    return problems
