@@ -58,6 +58,7 @@ def our_step(model: Path, row_tokens: int, peak_lr: float = LEARNING_RATE, **how
     from jaxdistill.models import decoder
     from jaxdistill.models.attention import REFERENCE
 
+    jax.config.update("jax_platforms", "cpu")
     runtime.start()
     jax.set_mesh(sharding.MeshConfig().build())
     params, c = hf.load(model)
