@@ -24,11 +24,15 @@ _CORRECTION = re.compile(
     r"等等|等一下|不对|错了|有误|重新|其实|实际上|应该是|更正",
     re.IGNORECASE,
 )
-_RESULT = re.compile(
-    r"(?P<name>(?:\\?[a-zA-Z]+(?:_\{?\w+\}?)?(?:\([^()=]{1,12}\))?|(?:[a-zA-Z]+\s*[+*-]\s*)+[a-zA-Z]+|"
-    r"\d+(?:\.\d+)?(?:\s*(?:[-+*/×·]|\\cdot|\\times)\s*\d+(?:\.\d+)?)+))\s*(?:=|is|为|是|等于)\s*\$?\\?\(?\s*(?:\\boxed\{)?"
-    r"(?P<value>-?\d+(?:\.\d+)?(?:/\d+)?(?!\.?\d)(?!\s*(?:[-+*/^×·]|\\cdot|\\times))(?![a-zA-Z(]))"
+_VALUE = re.compile(
+    r"\s*(?:=|\bis\b|等于|[为是])\s*\$?\\?\(?\s*(?:\\boxed\{)?(?P<value>-?\d+(?:\.\d+)?(?:/\d+)?)"
+    r"(?!\.?\d)(?!\s*(?:[-+*/^×·]|\\cdot|\\times))(?![a-zA-Z(])"
 )
+_NAME = re.compile(  # what stands before: x, a_{1}, f(2), m + n, 3 * 4
+    r"(?:\d+(?:\.\d+)?(?:\s*(?:[-+*/×·]|\\cdot|\\times)\s*\d+(?:\.\d+)?)+|(?:[a-zA-Z]+\s*[+*-]\s*)+[a-zA-Z]+|"
+    r"\\?[a-zA-Z]+(?:_\{?\w+\}?)?(?:\([^()=]{1,12}\))?)$"
+)
+_NAME_CHARACTERS = 40
 _FILLERS = frozenset(
     ("it", "that", "this", "answer", "which", "there", "he", "she", "what", "so", "value", "result", "one", "and")
 )
@@ -67,11 +71,14 @@ def backtracks(text: str) -> list[tuple[str, str, str]]:
     values: dict[str, tuple[str, int]] = {}
     found, next_correction = [], 0
     last_correction = -1
-    for match in _RESULT.finditer(text):
+    for match in _VALUE.finditer(text):
+        before = _NAME.search(text[max(0, match.start() - _NAME_CHARACTERS) : match.start()])
+        if before is None:
+            continue
         while next_correction < len(corrections) and corrections[next_correction] < match.start():
             last_correction = corrections[next_correction]
             next_correction += 1
-        name, value = re.sub(r"[\s\\]+", "", match["name"]), match["value"]
+        name, value = re.sub(r"[\s\\]+", "", before[0]), match["value"]
         if name.lower() in _FILLERS:
             continue
         earlier = values.get(name)
