@@ -6,6 +6,7 @@ Reads shared/data beside the checkout and the hand-checked labels of tests/data;
 import collections
 import dataclasses
 import json
+import os
 import re
 import tempfile
 import time
@@ -285,10 +286,10 @@ def _of(pair: tuple[int, int]) -> str:
 
 def _report(shared: Path) -> Iterator[str]:
     """The paragraphs of results/curate.md."""
-    yield f"# Curation, measured\n\n`python benchmarks/curation.py` at commit {commit()}; one process unless said otherwise."
+    yield f"# Curation, measured\n\n`python benchmarks/curation.py` at commit {commit()}; one process unless said."
     problems, named = pool(shared), labels("curation_labels.json")
     yield (
-        f"Rules on {len(named)} hand-checked rows of the raw pool: 100 random ones, and {len(named) - 100} of the rarer "
+        f"Rules on {len(named)} hand-checked rows of the raw pool: 100 random ones, {len(named) - 100} of rarer "
         "kinds. The rules were written with these rows in view; other pools will be harder."
     )
     table = [
@@ -302,27 +303,28 @@ def _report(shared: Path) -> Iterator[str]:
     said, wrongly = (sum(RULES["incomplete"](one) is not None for one in some) for some in (cut, whole))
     yield (
         f"`incomplete` finds {_of((said, len(cut)))} statements cut off in the middle and flags "
-        f"{_of((wrongly, len(whole)))} whole ones. Whole sentences that mean nothing, which the label says of 3 rows, it "
-        "cannot find."
+        f"{_of((wrongly, len(whole)))} whole ones. Whole sentences that mean nothing, which the label says of 3 rows, "
+        "it cannot find."
     )
     marked, flagged = contamination(shared)
     others = flagged - marked
     kinds = collections.Counter(labels("contamination_labels.json").get(name, "unread") for name in others)
     yield (
-        f"Decontamination against {len(EVALUATION_SETS)} evaluation sets finds {_of((len(marked & flagged), len(marked)))} "
-        f"marked rows and {len(others)} others. A person read these: {kinds['same']} are the same problem, "
+        f"Decontamination against {len(EVALUATION_SETS)} evaluation sets finds "
+        f"{_of((len(marked & flagged), len(marked)))} marked "
+        f"rows and {len(others)} others. A person read these: {kinds['same']} are the same problem, "
         f"{kinds['variant']} the same sentence with other numbers, {kinds['different']} another problem "
         f"({kinds['different'] / len(problems):.2%} of the pool), {kinds['unread']} unread. Typeset anew, "
         f"{_of(retypeset(shared))} problems of MATH-500 and AIME 2024 are found."
     )
     seconds, exact, near = time_duplicates(shared, 100_000)
-    yield f"100,000 problems are compared in {seconds:.0f} s on one core: {exact:,} exact duplicates, {near:,} near ones."
+    yield f"100,000 problems are compared in {seconds:.0f} s: {exact:,} exact duplicates, {near:,} near ones."
     with Verifier(timeout_s=10.0) as verifier:
         rates = reformat_rates(shared, verifier)
     yield (
         f"The reformat gate, on 250 real pairs: it refuses {_of(rates['corrupt'])} corrupt rewrites and keeps "
-        f"{_of(rates['good'])} good ones ({rates['good'][0] / rates['good'][1]:.1%}); {rates['uncheckable'][1]} have no "
-        "answer that could be compared."
+        f"{_of(rates['good'])} good ones ({rates['good'][0] / rates['good'][1]:.1%}); "
+        f"{rates['uncheckable'][1]} have no answer that could be compared."
     )
     rates = translation_rates(shared)
     yield (
@@ -335,7 +337,8 @@ def _report(shared: Path) -> Iterator[str]:
     with VerifierPool(2, timeout_s=5.0) as verifiers:
         rules = collections.Counter(verdict.rule for verdict in verifiers.verify_all(outputs))
     yield (
-        f"{len(outputs):,} answers, 1% of them hostile, are graded in {time.perf_counter() - start:.0f} s by 2 workers "
+        f"{len(outputs):,} answers, 1% of them hostile, are graded in {time.perf_counter() - start:.0f} s, 2 workers, "
+        f"load {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores "
         f"({', '.join(f'{count:,} by {rule}' for rule, count in rules.most_common())})."
     )
 
