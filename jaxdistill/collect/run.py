@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from jaxdistill.collect import viewer
 from jaxdistill.collect.board import dollars
