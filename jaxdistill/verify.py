@@ -23,6 +23,7 @@ from jaxdistill import thinking
 from jaxdistill.records import Verdict
 
 ANSWER_CHARACTERS = 4096  # a longer box holds reasoning, not an answer
+DEPTH = 50  # brackets within brackets; the parser takes seconds for 400
 WORKER_BYTES = 4 << 30  # address space of the worker: 9^{9^9} asks for more memory before it asks for more time
 START_S = 60.0  # importing sympy takes 0.4 s, far longer on a busy disk
 
@@ -134,6 +135,15 @@ def normalize(answer: str) -> str:
 _TOO_LARGE = re.compile(r"\^\s*\{?\s*\(?\s*\d+\s*\^|\^\s*\{?\s*\d{5,}|\d{5,}\s*!")
 
 
+def _depth(text: str) -> int:
+    """How deep brackets are nested in each other, whatever closes them."""
+    depth = most = 0
+    for character in text:
+        depth += (character in "{([") - (character in "})]")
+        most = max(most, depth)
+    return most
+
+
 def _fast(answer: str, gold: str) -> Verdict | None:
     """The verdict where none of math-verify is needed."""
     one, other = normalize(answer), normalize(gold)
@@ -147,7 +157,7 @@ def _fast(answer: str, gold: str) -> Verdict | None:
     if bases[0] and bases[1]:  # math-verify drops the base: 52_8 would equal 52_9
         same = bases[0].groups() == bases[1].groups()
         return Verdict(label="correct" if same else "wrong", rule="base", extracted=answer)
-    if _TOO_LARGE.search(one) or _TOO_LARGE.search(other):
+    if any(_TOO_LARGE.search(text) or _depth(text) > DEPTH for text in (one, other)):
         return Verdict(label="unverifiable", rule="too_large", extracted=answer)
     return None
 
