@@ -49,7 +49,7 @@ def tokenizer(smollm2: Path) -> Any:
 def test_logits_at_4096_positions(smollm2: Path, theirs: Any, tokenizer: Any):
     import torch
 
-    text = "".join(path.read_text(encoding="utf-8") for path in sorted(Path(hf.__file__).parent.glob("*.py")))
+    text = 2 * (Path(__file__).parents[2] / "LICENSE").read_text(encoding="utf-8")  # a text that never changes
     tokens = np.array(tokenizer(text)["input_ids"][:POSITIONS], np.int32)[None]
     assert tokens.shape == (1, POSITIONS)
     with torch.no_grad():
@@ -60,6 +60,7 @@ def test_logits_at_4096_positions(smollm2: Path, theirs: Any, tokenizer: Any):
         x = jax.jit(lambda p, *rows: decoder.hidden(p, *rows, c=c, dtype=jnp.float32))(params, *rows)
         logits = jax.jit(decoder.logits)
         largest = worst = 0.0
+        compared = close = 0
         for at in range(0, POSITIONS, CHUNK):  # 4,096 x 49,152 logits are 0.8 GB: a chunk of rows at a time
             with torch.no_grad():
                 expected = theirs.lm_head(hidden[0, at : at + CHUNK])
@@ -68,8 +69,9 @@ def test_logits_at_4096_positions(smollm2: Path, theirs: Any, tokenizer: Any):
             worst = max(worst, float((found - expected).abs().max()))
             off = (torch.log_softmax(found, -1) - torch.log_softmax(expected, -1)).abs()
             assert float(off.max()) < 1e-3
-            assert float(off.median()) < 1e-5
+            compared, close = compared + off.numel(), close + int((off < 1e-5).sum())
     assert worst < 1e-4 * largest
+    assert close > compared / 2  # the median over all positions is under 1e-5
 
 
 @pytest.mark.usefixtures("_one_torch_thread")

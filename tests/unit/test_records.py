@@ -43,7 +43,7 @@ MESSAGES = st.lists(st.dictionaries(TEXT, TEXT, max_size=3), max_size=3)
 VERDICT = st.fixed_dictionaries(
     {"label": st.sampled_from(["correct", "wrong", "unverifiable"]), "rule": TEXT, "extracted": st.none() | TEXT}
 )
-USAGE = st.fixed_dictionaries({"prompt_tokens": COUNT, "output_tokens": COUNT, "reasoning_tokens": COUNT})
+USAGE = st.fixed_dictionaries({field.name: COUNT for field in dataclasses.fields(Usage)})
 ROWS = {
     Problem: st.fixed_dictionaries(
         {
@@ -72,6 +72,9 @@ ROWS = {
             "cost_usd": FINITE,
             "verdict": VERDICT,
             "created": FINITE,
+            "prompt": TEXT,
+            "latency_s": FINITE,
+            "flags": st.lists(TEXT, max_size=3),
         }
     ),
     Example: st.fixed_dictionaries(
@@ -327,7 +330,7 @@ def test_a_manifest_tells_inputs_versions_commit_and_counts(tmp_path: Path):
 def test_a_configuration_is_written_with_its_nested_parts(tmp_path: Path):
     manifest.write_config(tmp_path / "run", CHAIN)
     written = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert written["usage"] == {"prompt_tokens": 4, "output_tokens": 9, "reasoning_tokens": 3}
+    assert written["usage"] == {"prompt_tokens": 4, "output_tokens": 9, "reasoning_tokens": 3, "cached_tokens": 0}
     assert len(written["messages"]) == 2
 
 
