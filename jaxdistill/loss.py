@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxdistill.sharding import GATHERED_OVER_CONTEXT, STORAGE, spec
+from jaxdistill.sharding import STORAGE, gather, spec
 
 _CHUNK_LOGITS = 16 * 1024 * 1024  # logits alive at once on a device: 64 MiB in float32
 
@@ -43,9 +43,7 @@ cross_entropy_sum.defvjp(_forward, _backward)
 
 
 def _over_chunks(x: Array, w: Array, targets: Array, weights: Array, gradients: bool) -> tuple[Array, ...]:
-    gathered = w.astype(x.dtype)
-    for layout in (spec("VD", GATHERED_OVER_CONTEXT), spec("VD")):
-        gathered = jax.sharding.reshard(gathered, layout)
+    gathered = jax.sharding.reshard(gather(w, "VD", x.dtype), spec("VD"))  # not `reduced`: gradients are made below
     token = spec("BT")
     outputs = (jax.P(), spec("BTD"), spec("VD", STORAGE)) if gradients else (jax.P(),)
     return jax.shard_map(

@@ -81,7 +81,6 @@ COMPUTE: Mapping[str, MeshAxes] = {
     "K": "tensor",
     "V": "tensor",
 }
-GATHERED_OVER_CONTEXT: Mapping[str, MeshAxes] = {**STORAGE, "D": "fsdp"}  # on the way from storage to compute
 # Every device along these axes sees other tokens, so a weight's gradient is summed over them.
 TOKEN_AXES = frozenset({"data", "fsdp", "context"})
 
@@ -112,8 +111,7 @@ def gather(weight: jax.Array, dims: str, dtype: Any) -> jax.Array:
     The gathers are written out, for the sake of the gradient: what is left to the partitioner is spelled as an
     all-reduce of which a part is kept, and the TPU's compiler makes reduce-scatters of only some of those again.
     """
-
-    axes = _axes(STORAGE["D"])
+    axes = split_over(spec("D", STORAGE))
     stored = jax.P(*spec(dims, STORAGE), reduced=TOKEN_AXES.difference(axes))
     gathered = jax.P(*spec(dims), reduced=TOKEN_AXES)
     weight = jax.sharding.reshard(weight.astype(dtype), stored)
@@ -130,9 +128,9 @@ def gather(weight: jax.Array, dims: str, dtype: Any) -> jax.Array:
     return moved
 
 
-def _axes(entry: MeshAxes) -> tuple[str, ...]:
-    """The mesh axes of a table's entry."""
-    return (entry,) if isinstance(entry, str) else entry or ()
+def split_over(layout: jax.P) -> tuple[str, ...]:
+    """The mesh axes that an array of this layout is split over."""
+    return tuple(axis for entry in layout if entry for axis in ((entry,) if isinstance(entry, str) else entry))
 
 
 def replicate(x: jax.Array) -> jax.Array:
@@ -148,7 +146,7 @@ def check_divisible(sizes: Mapping[str, int], mesh: Mapping[str, int]) -> None:
     """
     problems = []
     for letter, size in sizes.items():
-        axes = _axes(STORAGE.get(letter))
+        axes = split_over(spec(letter, STORAGE))
         if size % (parts := math.prod(mesh[axis] for axis in axes)):
             problems.append(f"{letter} = {size} is not a multiple of {parts} ({' x '.join(axes)})")
     if problems:
@@ -198,24 +196,33 @@ def check_replicas(tree: Any, what: str) -> None:
     Raises:
       RunError: copies differ; all processes of the job raise it together.
     """
-    mesh = jax.sharding.get_mesh()
+    sizes, named, groups = jax.sharding.get_mesh().shape, [], []
     for path, x in jax.tree.leaves_with_path(tree):
-        split = {axis for entry in x.sharding.spec for axis in _axes(entry)}
-        over = tuple(axis for axis in MESH_AXES if mesh.shape[axis] > 1 and axis not in split)
-        if over and not bool(_copies_agree(x, over)):
+        split = split_over(x.sharding.spec)
+        if over := tuple(axis for axis in MESH_AXES if sizes[axis] > 1 and axis not in split):
+            named.append((f"{what}{jax.tree_util.keystr(path)}", x))
+            groups.append(over)
+    if not named:
+        return
+    agree = jax.device_get(_copies_agree([x for _, x in named], tuple(groups)))
+    for (name, _), over, same in zip(named, groups, agree, strict=True):
+        if not same:
             raise RunError(
-                f"{what}{jax.tree_util.keystr(path)}: devices along {' and '.join(over)} should hold the same values "
-                "and do not; the hosts of this job read different files (compare them), or one of them is faulty"
+                f"{name}: devices along {' and '.join(over)} should hold the same values and do not; the hosts of this "
+                "job read different files (compare them), or one of them is faulty"
             )
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _copies_agree(x: jax.Array, over: tuple[str, ...]) -> jax.Array:
-    """Whether checksums of the parts are the same along these axes, for all parts."""
+def _copies_agree(arrays: Sequence[jax.Array], groups: Sequence[tuple[str, ...]]) -> list[jax.Array]:
+    """Of each array, whether the checksums of its parts are the same along the axes of its group, for all parts."""
 
-    def local(part: jax.Array) -> jax.Array:
+    def local(part: jax.Array, over: tuple[str, ...]) -> jax.Array:
         bits = jax.lax.bitcast_convert_type(part, jnp.dtype(f"uint{8 * part.dtype.itemsize}")).astype(jnp.uint32)
         sum_ = jnp.sum(bits.ravel() * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1))  # order counts; modulo 2^32
         return jax.lax.pmin(jax.lax.pmax(sum_, over) == jax.lax.pmin(sum_, over), MESH_AXES)
 
-    return jax.shard_map(local, out_specs=jax.P(), check_vma=False)(x)
+    return [
+        jax.shard_map(functools.partial(local, over=over), out_specs=jax.P(), check_vma=False)(x)
+        for x, over in zip(arrays, groups, strict=True)
+    ]

@@ -1,12 +1,10 @@
 """The same step by transformers and torch.compile: bfloat16 weights and moments, fused AdamW, flash attention."""
 
-import argparse
 import dataclasses
 import functools
 import inspect
 import json
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,12 +20,7 @@ _TIMED = 5
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--row", type=int, required=True)
-    parser.add_argument("--memory-gib", type=float, required=True, help="of the device")
-    options = parser.parse_args()
+    options = shapes.parser(__doc__).parse_args()
     on_gpu = torch.cuda.is_available()
     case, attempts = shapes.case(options.model, options.row, options.memory_gib * shapes.GIB), []
     for recompute in (False, True):  # what torch keeps of all layers is tried first: it is the faster where it fits

@@ -1,6 +1,8 @@
 """The models and rows that are measured on one GPU, and how each is made to fit."""
 
+import argparse
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,6 +46,16 @@ SMOKE = {
     "num_key_value_heads": 2,
     "head_dim": 16,
 }
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The options of a program that measures one model at one row length."""
+    found = argparse.ArgumentParser(description=description)
+    found.add_argument("--out", type=Path, required=True)
+    found.add_argument("--model", required=True)
+    found.add_argument("--row", type=int, required=True)
+    found.add_argument("--memory-gib", type=float, required=True, help="of the device")
+    return found
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """The training step itself, `train_step.make_step`, on one device: seconds, tokens/s, memory, and a profile."""
 
-import argparse
 import dataclasses
 import json
 import time
@@ -25,11 +24,7 @@ _TIMED = 5
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--row", type=int, required=True)
-    parser.add_argument("--memory-gib", type=float, required=True, help="of the device")
+    parser = shapes.parser(__doc__)
     parser.add_argument("--profile", type=Path, help="folder for a trace of the row with 4 documents")
     options = parser.parse_args()
     device = jax.devices()[0]

@@ -100,7 +100,7 @@ class Api:
             return Stop(f"HTTP {status} from {self._url}: {_STOPS[status].format(key=self.config.api_key_env)}")
         if code in _NO_QUOTA:
             return Stop(f"HTTP {status} from {self._url}: the quota of this key is used up; add credit, run again")
-        if status in _RETRIED or status >= 500:
+        if may_pass(status):
             wait_s = retry_after_s(reply.headers, time.time())
             return Again(detail=what, wait_s=wait_s, busy=status in (429, 503, 529))
         return Failure(detail=what, permanent=status in _PERMANENT)
@@ -122,6 +122,11 @@ async def connected(config: TeacherConfig) -> AsyncIterator[Api]:
         yield api
     finally:
         await api.close()
+
+
+def may_pass(status: int) -> bool:
+    """Whether a call with this status may succeed when it is made again."""
+    return status in _RETRIED or status >= 500
 
 
 def _error_code(body: bytes) -> str | None:

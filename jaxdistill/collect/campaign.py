@@ -12,7 +12,7 @@ from jaxdistill.collect.board import Board, board
 from jaxdistill.collect.booking import settle
 from jaxdistill.collect.calls import Call, Judged, judge
 from jaxdistill.collect.commits import Commits
-from jaxdistill.collect.config import RunConfig
+from jaxdistill.collect.config import LEDGER, RunConfig
 from jaxdistill.collect.ledger import Account, Ledger
 from jaxdistill.collect.prices import NANO
 from jaxdistill.collect.request import Failure, Request, Response
@@ -20,6 +20,7 @@ from jaxdistill.collect.sampling import Sampling
 from jaxdistill.collect.sender import Sender
 from jaxdistill.collect.teacher import Teacher
 from jaxdistill.errors import RunError
+from jaxdistill.manifest import write_config
 from jaxdistill.records import Usage
 from jaxdistill.verify import Verifier
 
@@ -147,6 +148,22 @@ class Campaign:
 
     def _judge_all(self, calls: list[Call], outcomes: list[Response | Failure]) -> list[Judged]:
         return [judge(call, outcome, self.verifier) for call, outcome in zip(calls, outcomes, strict=True)]
+
+
+@contextlib.contextmanager
+def answered(
+    title: str, teacher: Teacher, sampling: Sampling, config: RunConfig
+) -> Iterator[tuple[Ledger, Account, str | None]]:
+    """Runs a command's campaign: its ledger, still open, what it cost, and why it ended early if it did.
+
+    Raises as `Campaign.run`.
+    """
+    write_config(config.workdir, config)
+    path = config.workdir / LEDGER
+    with Ledger(path) as ledger, Verifier(timeout_s=config.verify_timeout_s) as verifier:
+        campaign = Campaign(teacher, ledger, sampling, config, verifier)
+        account = campaign.run(title, path)
+        yield ledger, account, campaign.ended
 
 
 def worst_case(teacher: Teacher, request: Request) -> tuple[int, int]:

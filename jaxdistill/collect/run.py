@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from jaxdistill.collect import viewer
 from jaxdistill.collect.board import dollars
 from jaxdistill.collect.calls import Call, Judged, Receipt, read_problems
-from jaxdistill.collect.campaign import Campaign
-from jaxdistill.collect.config import LEDGER, RunConfig, ready
+from jaxdistill.collect.campaign import answered
+from jaxdistill.collect.config import RunConfig, ready
 from jaxdistill.collect.estimate import estimate
 from jaxdistill.collect.ledger import Ledger
 from jaxdistill.collect.output import conclude, costs
@@ -19,9 +19,8 @@ from jaxdistill.collect.request import Request, Response
 from jaxdistill.collect.sampling import Sampling
 from jaxdistill.collect.teacher import Teacher
 from jaxdistill.errors import UserError
-from jaxdistill.manifest import write_config, write_manifest
+from jaxdistill.manifest import write_manifest
 from jaxdistill.records import Chain, Message, Problem, write_jsonl
-from jaxdistill.verify import Verifier
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,11 +66,7 @@ def main(config: CollectConfig) -> Mapping[str, int]:
     if config.dry_run:
         print(estimate(teacher, config, sampling))
         return {}
-    write_config(config.workdir, config)
-    path = config.workdir / LEDGER
-    with Ledger(path) as ledger, Verifier(timeout_s=config.verify_timeout_s) as verifier:
-        campaign = Campaign(teacher, ledger, sampling, config, verifier)
-        account = campaign.run("collect", path)
+    with answered("collect", teacher, sampling, config) as (ledger, account, ended):
         kept = write_jsonl(config.workdir / "chains.jsonl", _chains(teacher, sampling, ledger))
         facts = [config.teacher.model, prompt_name or "no prompt", dollars(account), teacher.prices.describe()]
         viewer.write(config.workdir / "chains.html", config.problems.stem, facts, sampling.in_order(), ledger)
@@ -94,7 +89,7 @@ def main(config: CollectConfig) -> Mapping[str, int]:
         ({"problem_id": name, "verified": v, "judged": n} for name, (v, n) in sampling.pass_rates().items()),
     )
     drops = [receipt.detail for receipt in dropped]
-    conclude("collect", config.workdir / "chains.jsonl", counts, sampling.in_order(), drops, account, campaign.ended)
+    conclude("collect", config.workdir / "chains.jsonl", counts, sampling.in_order(), drops, account, ended)
     return counts
 
 

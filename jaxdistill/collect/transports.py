@@ -6,7 +6,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from jaxdistill.collect.api import Again, Api, Outcome, Reply
+from jaxdistill.collect.api import Again, Api, Outcome, Reply, may_pass
 from jaxdistill.collect.reply import NoCompletion, parse
 from jaxdistill.collect.request import Failure, Response
 
@@ -89,7 +89,7 @@ async def background(
     while missed < _MISSED_POLLS:
         await asyncio.sleep(poll_s)
         reply = await api.call("GET", f"/responses/{remote}")
-        if isinstance(reply, Again) or reply.status in (408, 409, 429) or reply.status >= 500:
+        if isinstance(reply, Again) or may_pass(reply.status):
             missed += 1
             continue
         if reply.status == 404:

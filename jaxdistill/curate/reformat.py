@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from jaxdistill.collect.calls import Receipt, read_problems
-from jaxdistill.collect.campaign import Campaign
-from jaxdistill.collect.config import LEDGER, RunConfig, ready
+from jaxdistill.collect.campaign import answered
+from jaxdistill.collect.config import RunConfig, ready
 from jaxdistill.collect.estimate import estimate
 from jaxdistill.collect.ledger import Ledger
 from jaxdistill.collect.output import conclude, costs
@@ -17,9 +17,8 @@ from jaxdistill.collect.request import Request, Response
 from jaxdistill.collect.sampling import Sampling
 from jaxdistill.curate.examples import example
 from jaxdistill.errors import UserError
-from jaxdistill.manifest import write_config, write_manifest
+from jaxdistill.manifest import write_manifest
 from jaxdistill.records import Example, Problem, write_jsonl
-from jaxdistill.verify import Verifier
 
 CURATE_PROMPTS = Path(__file__).parent / "prompts"
 
@@ -57,11 +56,7 @@ def main(config: ReformatConfig) -> Mapping[str, int]:
     if config.dry_run:
         print(estimate(teacher, config, sampling))
         return {}
-    write_config(config.workdir, config)
-    path = config.workdir / LEDGER
-    with Ledger(path) as ledger, Verifier(timeout_s=config.verify_timeout_s) as verifier:
-        campaign = Campaign(teacher, ledger, sampling, config, verifier)
-        account = campaign.run("reformat", path)
+    with answered("reformat", teacher, sampling, config) as (ledger, account, ended):
         examples, receipts = _sort(sampling, ledger)
     dropped += receipts
     write_jsonl(config.workdir / "examples.jsonl", examples)
@@ -72,7 +67,7 @@ def main(config: ReformatConfig) -> Mapping[str, int]:
     facts = {"prompt": {"name": prompt_name, "text": template}, **costs(account, sampling, teacher)}
     write_manifest(config.workdir, "reformat", [config.problems], counts, **facts)
     drops = [receipt.detail for receipt in dropped]
-    conclude("reformat", config.workdir / "examples.jsonl", counts, sampling.in_order(), drops, account, campaign.ended)
+    conclude("reformat", config.workdir / "examples.jsonl", counts, sampling.in_order(), drops, account, ended)
     return counts
 
 

@@ -158,9 +158,8 @@ def _memory(state: State, analysis: Any, saved: tuple[int, int], moments_on_host
 def device_bytes(x: Any, spec: jax.P) -> int:
     """Bytes that an array of this layout takes on one device of the current mesh."""
     mesh = jax.sharding.get_abstract_mesh()
-    axes = [axis for entry in spec if entry for axis in ((entry,) if isinstance(entry, str) else entry)]
     itemsize = 8 if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else jnp.dtype(x.dtype).itemsize
-    return math.prod(x.shape) * itemsize // math.prod(mesh.shape[axis] for axis in axes)
+    return math.prod(x.shape) * itemsize // math.prod(mesh.shape[axis] for axis in sharding.split_over(spec))
 
 
 def saved_bytes(jaxpr: Any, layers: int) -> tuple[int, int]:

@@ -139,15 +139,16 @@ def _meshes(config: TrainConfig, c: Config, devices: int, device: Any) -> Iterat
 
 
 def host_bytes(c: Config, config: TrainConfig, sizes: Mapping[str, int]) -> float:
-    """Between a device and its host in a step, there and back: moments, and what `offload` saves of each layer."""
+    """Between a device and its host in a step, there and back: moments, and what of layers is kept there."""
     moved = 0.0
     if config.step.offload_moments:
         shards = sizes["fsdp"] * sizes["context"] * sizes["tensor"]
         itemsize = jnp.dtype(config.phases[0].optim.state_dtype).itemsize
         moved += 2 * 2 * itemsize * weights.count(decoder.template(c)) / shards
-    if config.step.remat == "offload":
-        positions = config.batch_rows * config.row_tokens / (sizes["data"] * sizes["fsdp"] * sizes["context"])
-        moved += 2 * 2 * c.layers * positions * (c.embed + c.heads * c.head_dim / sizes["tensor"])
+    inputs = c.embed  # of a layer
+    kept = {"offload_inputs": inputs, "offload": inputs + c.heads * c.head_dim / sizes["tensor"]}
+    positions = config.batch_rows * config.row_tokens / (sizes["data"] * sizes["fsdp"] * sizes["context"])
+    moved += 2 * 2 * c.layers * positions * kept.get(config.step.remat, 0)
     return moved
 
 

@@ -87,6 +87,13 @@ def test_moments_cross_to_the_host_and_back():
     assert search.host_bytes(model(), recipe(), sizes) == 0
 
 
+@pytest.mark.parametrize(("remat", "width"), [("full", 0), ("offload_inputs", 3584), ("offload", 2 * 3584)])
+def test_what_a_remat_policy_keeps_on_the_host_crosses_twice(remat: Any, width: int):
+    config = recipe(step=dataclasses.replace(recipe().step, remat=remat))
+    sizes = {"data": 1, "fsdp": 4, "context": 4, "tensor": 1}
+    assert search.host_bytes(model(), config, sizes) == 2 * 2 * 28 * 32_768 * width, "positions of a device: one row's"
+
+
 def test_what_does_not_come_out_even_or_does_not_fit_is_refused():
     with pytest.raises(UserError, match="rows of 30000 tokens do not make up a step of 16 x 32768"):
         candidates(recipe(), row_tokens=(30_000,))
