@@ -124,7 +124,23 @@ def read_jsonl(path: str | os.PathLike[str], row_type: type[Row]) -> Iterator[Ro
 
 
 def read_json_objects(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (line number from 1, object) for each non-empty line of a JSON Lines file of any shape."""
+    """Yields (line number from 1, object) for each non-empty line of a JSON Lines file of any shape.
+
+    Raises:
+      UserError: the file is missing, or a line holds no object.
+    """
+    for number, values in read_json_lines(path):
+        if isinstance(values, str):
+            raise UserError(f"{path}:{number}: {values}; mend or remove the line")
+        yield number, values
+
+
+def read_json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """Yields (line number from 1, object, or what is wrong with it) for each non-empty line of a file.
+
+    Raises:
+      UserError: the file is missing.
+    """
     path = Path(path)
     if not path.is_file():
         found = "is a folder" if path.is_dir() else "no such file"
@@ -136,12 +152,12 @@ def read_json_objects(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[
             try:
                 values = json.loads(line, parse_constant=_refuse_constant)
             except (ValueError, RecursionError) as error:
-                raise UserError(
-                    f"{path}:{number}: not valid JSON ({error}); expected one object a line; mend or remove the line"
-                ) from None
-            if not isinstance(values, dict):
-                raise UserError(f"{path}:{number}: found a JSON {type(values).__name__}, expected an object")
-            yield number, values
+                yield number, f"not valid JSON ({error}), expected one object a line"
+                continue
+            yield (
+                number,
+                values if isinstance(values, dict) else f"found a JSON {type(values).__name__}, expected an object",
+            )
 
 
 def _refuse_constant(name: str) -> None:

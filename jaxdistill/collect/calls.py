@@ -5,13 +5,27 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from jaxdistill.collect.reply import UnreadableReply, read_reply
+from jaxdistill.collect.reply import Reply, UnreadableReply, read_reply
 from jaxdistill.collect.request import Failure, Request, Response
 from jaxdistill.errors import UserError
 from jaxdistill.records import Problem, Usage, Verdict, read_jsonl
 from jaxdistill.verify import Verifier, boxed_answers, extract_answer
 
-Reason = Literal["wrong", "truncated", "unverifiable", "failed", "not_longer"]
+Reason = Literal[
+    # of any answer
+    "wrong",
+    "truncated",
+    "unverifiable",
+    "failed",
+    # of a rewrite or a translation
+    "not_longer",
+    "answer_changed",
+    "numbers_changed",
+    "latex_changed",
+    "box_changed",
+    "code_changed",
+    "wrong_language",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,18 +74,10 @@ class Judged:
 
 def judge(call: Call, outcome: Response | Failure, verifier: Verifier) -> Judged:
     """Whether an answer is whole and right, or what is wrong with it."""
-    if isinstance(outcome, Failure):
-        return Judged(reason="failed", detail=outcome.detail, again=not outcome.permanent)
-    try:
-        reply = read_reply(outcome.raw)
-    except UnreadableReply as error:
-        return Judged(reason="failed", detail=str(error), nano=outcome.nano)
-    found = {"usage": reply.usage, "nano": outcome.nano}
-    if reply.finish_reason == "length":
-        detail = f"finish_reason is length after {reply.usage.output_tokens} output tokens"
-        return Judged(reason="truncated", detail=detail, **found)
-    if reply.finish_reason != "stop":
-        return Judged(reason="failed", detail=f"finish_reason is {reply.finish_reason}", **found)
+    reply, whole = read_whole(outcome)
+    if reply is None:
+        return whole
+    found = {"usage": whole.usage, "nano": whole.nano}
     assert call.problem.answer is not None
     verdict = verifier.verify(reply.text, call.problem.answer)
     flags = ("two_answers",) if boxes_differ(reply.text, verifier) else ()
@@ -79,6 +85,23 @@ def judge(call: Call, outcome: Response | Failure, verifier: Verifier) -> Judged
         return Judged(reason=None, verdict=verdict, flags=flags, **found)
     detail = f"rule {verdict.rule}: found {verdict.extracted!r}, gold answer {call.problem.answer!r}"
     return Judged(reason=verdict.label, detail=detail, verdict=verdict, flags=flags, **found)
+
+
+def read_whole(outcome: Response | Failure) -> tuple[Reply | None, Judged]:
+    """The reply of an answer that is whole, with what it cost; None and what is wrong with it of any other."""
+    if isinstance(outcome, Failure):
+        return None, Judged(reason="failed", detail=outcome.detail, again=not outcome.permanent)
+    try:
+        reply = read_reply(outcome.raw)
+    except UnreadableReply as error:
+        return None, Judged(reason="failed", detail=str(error), nano=outcome.nano)
+    found = {"usage": reply.usage, "nano": outcome.nano}
+    if reply.finish_reason == "length":
+        detail = f"finish_reason is length after {reply.usage.output_tokens} output tokens"
+        return None, Judged(reason="truncated", detail=detail, **found)
+    if reply.finish_reason != "stop":
+        return None, Judged(reason="failed", detail=f"finish_reason is {reply.finish_reason}", **found)
+    return reply, Judged(reason=None, **found)
 
 
 def boxes_differ(text: str, verifier: Verifier) -> bool:

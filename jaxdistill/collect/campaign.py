@@ -10,7 +10,7 @@ from jaxdistill.collect import batch_ledger, worker
 from jaxdistill.collect.batch import BatchSender
 from jaxdistill.collect.board import Board, board
 from jaxdistill.collect.booking import settle
-from jaxdistill.collect.calls import Call, Judged, judge
+from jaxdistill.collect.calls import Call, Judged
 from jaxdistill.collect.commits import Commits
 from jaxdistill.collect.config import LEDGER, RunConfig
 from jaxdistill.collect.ledger import Account, Ledger
@@ -147,7 +147,9 @@ class Campaign:
         return further
 
     def _judge_all(self, calls: list[Call], outcomes: list[Response | Failure]) -> list[Judged]:
-        return [judge(call, outcome, self.verifier) for call, outcome in zip(calls, outcomes, strict=True)]
+        return [
+            self.sampling.judge(call, outcome, self.verifier) for call, outcome in zip(calls, outcomes, strict=True)
+        ]
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""What every command that asks a teacher is told: the problems, the teacher, and how much it may cost."""
+"""What every command that asks a teacher is told: the teacher, and how much it may cost."""
 
 import dataclasses
 import datetime
@@ -15,9 +15,8 @@ LEDGER = "ledger.sqlite"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """The part of a configuration that `collect` and `reformat` share."""
+    """The part of a configuration that all commands share that ask a teacher."""
 
-    problems: Path  # JSON Lines of Problem
     workdir: Path  # run folder: ledger.sqlite, the rows kept, dropped.jsonl, config.json, manifest.json
     teacher: TeacherConfig = TeacherConfig()
     budget_usd: float | None = None  # hard, over all runs on this folder: worst cases are set aside before sending

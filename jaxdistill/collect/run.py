@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from jaxdistill.collect import viewer
 from jaxdistill.collect.board import dollars
@@ -27,6 +28,7 @@ from jaxdistill.records import Chain, Message, Problem, write_jsonl
 class CollectConfig(RunConfig):
     """What to collect, from whom, where it goes, and what it may cost."""
 
+    problems: Path  # JSON Lines of Problem
     prompt: str = "long_thought.v1"  # system message, a file of collect/prompts without its .txt; empty sends none
     samples_per_problem: int = 1  # chains asked for each problem, at most
     until_verified: int | None = None  # stop asking about a problem after so many verified chains; None asks for all

@@ -3,11 +3,13 @@
 import collections
 from collections.abc import Callable, Iterable, Iterator
 
-from jaxdistill.collect.calls import Call, Judged
-from jaxdistill.collect.request import Request
+from jaxdistill.collect.calls import Call, Judged, judge
+from jaxdistill.collect.request import Failure, Request, Response
 from jaxdistill.records import Problem
+from jaxdistill.verify import Verifier
 
 Asking = Callable[[Problem, int, int | None], Request]  # problem, sample index, max_tokens (None: the usual limit)
+Judging = Callable[[Call, Response | Failure, Verifier], Judged]
 
 
 class Sampling:
@@ -20,8 +22,9 @@ class Sampling:
         samples: int,
         until_verified: int | None = None,
         larger_max_tokens: int | None = None,
+        judging: Judging = judge,
     ):
-        self.problems = list(problems)
+        self.problems, self.judge = list(problems), judging
         self._asking, self._samples, self._until, self._larger = asking, samples, until_verified, larger_max_tokens
         self.results: dict[str, tuple[Call, Judged]] = {}  # by id of the call; the last call of a sample
         self.nano: dict[str, int] = {}  # cost by request: problems of equal words are one, and paid for once
