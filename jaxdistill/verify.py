@@ -1,9 +1,12 @@
 """Decides what a text answers and whether that equals the gold answer, in a process that can be killed."""
 
+import concurrent.futures
 import contextlib
+import dataclasses
 import json
 import logging
 import os
+import queue
 import re
 import resource
 import select
@@ -12,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +23,7 @@ from jaxdistill import thinking
 from jaxdistill.records import Verdict
 
 ANSWER_CHARACTERS = 4096  # a longer box holds reasoning, not an answer
+DEPTH = 50  # brackets within brackets; the parser takes seconds for 400
 WORKER_BYTES = 4 << 30  # address space of the worker: 9^{9^9} asks for more memory before it asks for more time
 START_S = 60.0  # importing sympy takes 0.4 s, far longer on a busy disk
 
@@ -47,6 +51,29 @@ def boxed_answers(text: str) -> list[str]:
             boxes.pop()
         boxes.append((start, end))
     return [_content(answer[start:end]) for start, end in boxes]
+
+
+_PHRASE = re.compile(
+    r"(?:\b(?:final )?answer\s*(?:is|are|:|=)|(?:最终)?答案\s*(?:应?[是为]|[:：])|"
+    r"结果\s*[是为]|故选|应选)\s*[:：]?",
+    re.IGNORECASE,
+)
+_PHRASE_END = re.compile(
+    r"[。；！]|[.!;](?=\s|$)|\s+(?:because|since|as|where)\b|[,，]\s*(?:because|since|so|因为|所以)"
+)
+
+
+def extract_phrase(text: str) -> str | None:
+    """What follows the last "the answer is", "Final answer:", "答案是", "答案为" or "故选" after the thinking part."""
+    answer_part = thinking.split(text)[1]
+    last = None
+    for last in _PHRASE.finditer(answer_part):  # noqa: B007
+        pass
+    if last is None:
+        return None
+    line = answer_part[last.end() :].strip().partition("\n")[0]
+    answer = _PHRASE_END.split(line, maxsplit=1)[0]
+    return answer.strip(" *`$：:").strip() or None
 
 
 def _last_box(text: str) -> str | None:
@@ -104,6 +131,19 @@ def normalize(answer: str) -> str:
     return re.sub(r"(?<!\w) | (?!\w)", "", answer)  # a space parts `2 x` from `2x` only between word characters
 
 
+# 9^{9^9}, 10^{100000}, 123456!: nobody can compute them, and the worker would be killed trying.
+_TOO_LARGE = re.compile(r"\^\s*\{?\s*\(?\s*\d+\s*\^|\^\s*\{?\s*\d{5,}|\d{5,}\s*!")
+
+
+def _depth(text: str) -> int:
+    """How deep brackets are nested in each other, whatever closes them."""
+    depth = most = 0
+    for character in text:
+        depth += (character in "{([") - (character in "})]")
+        most = max(most, depth)
+    return most
+
+
 def _fast(answer: str, gold: str) -> Verdict | None:
     """The verdict where none of math-verify is needed."""
     one, other = normalize(answer), normalize(gold)
@@ -117,6 +157,8 @@ def _fast(answer: str, gold: str) -> Verdict | None:
     if bases[0] and bases[1]:  # math-verify drops the base: 52_8 would equal 52_9
         same = bases[0].groups() == bases[1].groups()
         return Verdict(label="correct" if same else "wrong", rule="base", extracted=answer)
+    if any(_TOO_LARGE.search(text) or _depth(text) > DEPTH for text in (one, other)):
+        return Verdict(label="unverifiable", rule="too_large", extracted=answer)
     return None
 
 
@@ -124,7 +166,8 @@ class Verifier:
     """Judges answers; slow or hostile ones cost at most `timeout_s`, after which the worker process is killed.
 
     Safe to call from several threads, which then take turns. Rules that a verdict can name: exact, integer, base,
-    math_verify (correct or wrong); no_answer (wrong); timeout, crash, unparsed, error, too_long (unverifiable).
+    math_verify (correct or wrong); no_answer (wrong); timeout, crash, unparsed, error, too_long, too_large
+    (unverifiable). `phrase/` before a rule says that the answer was found behind a phrase, not in a box.
     """
 
     def __init__(self, timeout_s: float = 10.0):
@@ -145,9 +188,12 @@ class Verifier:
         with self._lock:
             self._kill()
 
-    def verify(self, text: str, gold: str) -> Verdict:
-        """Judges the boxed answer of a whole output."""
+    def verify(self, text: str, gold: str, phrases: bool = False) -> Verdict:
+        """Judges the boxed answer of a whole output; without a box, and with `phrases`, what `extract_phrase` finds."""
         answer = extract_answer(text)
+        if answer is None and phrases and (answer := extract_phrase(text)) is not None:
+            verdict = self.equivalent(answer, gold)
+            return dataclasses.replace(verdict, rule=f"phrase/{verdict.rule}")
         return Verdict(label="wrong", rule="no_answer") if answer is None else self.equivalent(answer, gold)
 
     def equivalent(self, answer: str, gold: str) -> Verdict:
@@ -202,6 +248,39 @@ class Verifier:
             if pipe:
                 pipe.close()
         return worker.wait()
+
+
+class VerifierPool:
+    """Judges many outputs on several worker processes; each is killed and replaced on its own."""
+
+    def __init__(self, workers: int, timeout_s: float = 10.0):
+        if workers < 1:
+            raise ValueError(f"workers is {workers}, expected at least 1")
+        self._verifiers = [Verifier(timeout_s) for _ in range(workers)]
+        self._idle = queue.SimpleQueue[Verifier]()
+        for verifier in self._verifiers:
+            self._idle.put(verifier)
+        self._threads = concurrent.futures.ThreadPoolExecutor(workers)
+
+    def __enter__(self) -> "VerifierPool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._threads.shutdown(cancel_futures=True)
+        for verifier in self._verifiers:
+            verifier.close()
+
+    def verify_all(self, outputs: Iterable[tuple[str, str]], phrases: bool = False) -> Iterator[Verdict]:
+        """The verdicts on (text, gold) pairs, in their order; the pairs are read at once."""
+
+        def one(output: tuple[str, str]) -> Verdict:
+            verifier = self._idle.get()
+            try:
+                return verifier.verify(*output, phrases=phrases)
+            finally:
+                self._idle.put(verifier)
+
+        return self._threads.map(one, outputs)
 
 
 def _exchange(

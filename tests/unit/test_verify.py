@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxdistill.verify import Verifier, extract_answer
+from jaxdistill.verify import Verifier, VerifierPool, extract_answer, extract_phrase
 
 TIMEOUT_S = 2.0
 
@@ -50,6 +50,27 @@ def verifier() -> Iterator[Verifier]:
 )
 def test_extract_answer(text: str, answer: str | None) -> None:
     assert extract_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("So the answer is 42.", "42"),
+        ("The final answer is: **$\\frac{1}{2}$**.\nDone", "\\frac{1}{2}"),
+        ("Answer: 7, because 3 + 4 is 7", "7"),
+        ("The answer is 3. Wait, no: the answer is 4.", "4"),
+        ("The answer is 3.5", "3.5"),
+        ("因此答案是 12。", "12"),
+        ("最终答案为：$\\sqrt{2}$", "\\sqrt{2}"),
+        ("综上, 故选 B.", "B"),
+        ("<think>the answer is 1</think> The answer is 2", "2"),
+        ("<think>the answer is 1", None),
+        ("I do not know.", None),
+        ("The answer is", None),
+    ],
+)
+def test_phrases_that_announce_an_answer(text: str, answer: str | None) -> None:
+    assert extract_phrase(text) == answer
 
 
 balanced = st.recursive(
@@ -111,6 +132,10 @@ def test_spellings_of_an_integer_need_no_worker(number: int, spelling: str) -> N
         ("是", "否", "unverifiable", "unparsed"),
         (r"\frac{1", "5", "unverifiable", "unparsed"),
         ("x" * 5000, "5", "unverifiable", "too_long"),
+        ("2^{2^{2^{10}}}", "5", "unverifiable", "too_large"),
+        ("2^{2^{2^{10}}}", "2^{2^{2^{10}}}", "correct", "exact"),
+        ("(" * 60 + "1" + ")" * 60, "5", "unverifiable", "too_large"),
+        ("3^{2007}", "3^{2006}", "wrong", "math_verify"),
         (" ", "5", "wrong", "no_answer"),
     ],
 )
@@ -129,6 +154,25 @@ def test_verify_reads_the_text_and_reports_what_it_compared(verifier: Verifier) 
     verdict = verifier.verify(r"<think>\boxed{3}</think> so \boxed{\frac{2}{4}}", "0.5")
     assert (verdict.label, verdict.rule, verdict.extracted) == ("correct", "math_verify", r"\frac{2}{4}")
     assert verifier.verify("I do not know.", "0.5").rule == "no_answer"
+
+
+def test_phrases_count_only_where_they_are_asked_for_and_there_is_no_box(verifier: Verifier) -> None:
+    assert verifier.verify("答案是 $\\frac{2}{4}$", "0.5", phrases=True).rule == "phrase/math_verify"
+    assert verifier.verify("答案是 7", "7").rule == "no_answer"
+    assert verifier.verify("the answer is 7 \\boxed{8}", "7", phrases=True).label == "wrong"
+
+
+def test_a_pool_keeps_the_order_and_survives_its_workers() -> None:
+    outputs = [(f"\\boxed{{\\frac{{{i}}}{{2}}}}", str(i / 2)) for i in range(20)]
+    outputs.insert(7, ("\\boxed{9^{9^{9^9}}}", "5"))
+    outputs.insert(3, ("\\boxed{" + "\\frac{1}{" * 400 + "2" + "}" * 400 + "}", "5"))
+    with VerifierPool(2, timeout_s=TIMEOUT_S) as pool:
+        verdicts = list(pool.verify_all(outputs))
+    assert [verdict.label for verdict in verdicts].count("correct") == 20
+    assert verdicts[8].rule == "too_large"
+    assert verdicts[3].rule == "too_large"
+    with pytest.raises(ValueError, match="workers is 0"):
+        VerifierPool(0)
 
 
 HOSTILE = {
