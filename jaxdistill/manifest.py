@@ -146,6 +146,33 @@ def write_manifest(
     )
 
 
+def decontamination(evaluation_sets: Iterable[Path]) -> dict[str, str]:
+    """SHA-256 of each evaluation file by its name: what a manifest says its rows were checked against."""
+    return {str(path): file_hash(path) for path in evaluation_sets}
+
+
+def cleared_of(path: Path) -> frozenset[str]:
+    """Hashes of the evaluation files that a file's rows were checked against, by the manifests they came through.
+
+    A run folder's manifest names its inputs; the search goes back through these to the command that made the check.
+    What has no manifest, or changed since, was checked against nothing.
+    """
+    manifest = path.parent / "manifest.json"
+    if not manifest.is_file():
+        return frozenset()
+    record = json.loads(manifest.read_text(encoding="utf-8"))
+    if record.get("decontaminated"):
+        return frozenset(record["decontaminated"].values())
+    checked: frozenset[str] | None = None
+    for name, fingerprint in record.get("inputs", {}).items():
+        source = Path(name)
+        if source == path or _fingerprint(source) != fingerprint:
+            return frozenset()
+        found = cleared_of(source)
+        checked = found if checked is None else checked & found
+    return checked or frozenset()
+
+
 def _fingerprint(path: Path) -> Any:
     if path.is_dir():
         return {str(p.relative_to(path)): p.stat().st_size for p in sorted(path.rglob("*")) if p.is_file()}
