@@ -5,8 +5,8 @@
 
 Hardware: 256 TPU v5p chips (Google's v5p-512); planned, never run: 36.5 GiB of 95, MFU 53%. Qwen2.5-Math has 4,096
 positions and the paper's answers average 8,016 tokens, so the context is extended to 32,768 with the RoPE base that
-Qwen2.5 uses for that length. The inputs are what `jaxdistill reformat`, `jaxdistill collect` and `jaxdistill examples`
-write. The paper gives neither learning rate nor epochs: these follow common practice.
+Qwen2.5 uses for that length. The inputs are what `jaxdistill refine reformat`, `jaxdistill collect` and `jaxdistill
+examples` write. The paper gives neither learning rate nor epochs: these follow common practice.
 """
 
 from pathlib import Path

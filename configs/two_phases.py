@@ -3,8 +3,8 @@
     jaxdistill train configs/two_phases.py --model Qwen2.5-1.5B-Instruct --mesh.fsdp 8
 
 Hardware: 8 GPUs with 80 GB. Not run at this size yet: the same code at toy size is `make demo`. The inputs are what
-`jaxdistill reformat` and `jaxdistill collect` + `jaxdistill examples` write; learning rate and epochs follow common
-practice for this size, the paper does not give its own.
+`jaxdistill refine reformat` and `jaxdistill collect` + `jaxdistill examples` write; learning rate and epochs follow
+common practice for this size, the paper does not give its own.
 """
 
 from pathlib import Path

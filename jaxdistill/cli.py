@@ -30,8 +30,21 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "demo": Command("jaxdistill.demo.run", "DemoConfig", "the whole chain on this machine, offline, with a report"),
+    "curate": Command(
+        "jaxdistill.curate.run", "CurateConfig", "problem pools -> curated problems, a reason for each dropped", False
+    ),
     "collect": Command("jaxdistill.collect.run", "CollectConfig", "problems -> verified chains", False),
-    "reformat": Command("jaxdistill.curate.reformat", "ReformatConfig", "solutions -> reformatted examples", False),
+    "refine reformat": Command(
+        "jaxdistill.curate.reformat", "ReformatConfig", "solutions -> rewritten examples", False
+    ),
+    "refine import": Command(
+        "jaxdistill.curate.adopt", "ImportConfig", "long thoughts of any shape -> examples", False
+    ),
+    "refine select": Command("jaxdistill.curate.select", "SelectConfig", "examples -> those that reflect most", False),
+    "refine translate": Command(
+        "jaxdistill.curate.translate", "TranslateConfig", "examples -> Chinese examples", False
+    ),
+    "refine mix": Command("jaxdistill.curate.mix", "MixConfig", "sets of examples -> one, shuffled", False),
     "examples": Command("jaxdistill.curate.examples", "ExamplesConfig", "chains -> examples to train on", False),
     "train": Command("jaxdistill.train", "TrainConfig", "Hugging Face folder + examples -> checkpoints"),
     "plan": Command(
@@ -98,10 +111,12 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs a command. Exit codes: 0 done, 1 failed, 2 the user's mistake."""
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help"):
-        print(_USAGE + "\n".join(f"  {name:10} {command.summary}" for name, command in COMMANDS.items()))
+        print(_USAGE + "\n".join(f"  {name:16} {command.summary}" for name, command in COMMANDS.items()))
         return
     config = None
     try:
+        if rest and f"{name} {rest[0]}" in COMMANDS:  # refine has methods
+            name, rest = f"{name} {rest[0]}", rest[1:]
         if name not in COMMANDS:
             raise UserError(f"no command {name!r}; expected one of {', '.join(COMMANDS)}")
         command = COMMANDS[name]

@@ -40,6 +40,11 @@ def test_unknown_command() -> None:
     check("tarin", expected=("no command 'tarin'", "train"))
 
 
+def test_a_command_with_methods_wants_one() -> None:
+    check("refine", "--count", "3", expected=("no command 'refine'", "refine reformat", "refine mix"))
+    check("refine", "select", "--examples", "none", "--workdir", "w", "--count", "0", expected=("count is 0",))
+
+
 def test_missing_recipe() -> None:
     check("train", "nowhere.py", expected=("nowhere.py", "no such recipe"))
 

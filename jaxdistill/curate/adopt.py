@@ -1,0 +1,109 @@
+"""Long-thought sets of others -> examples to train on, in one text form, with a receipt for every row left out."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from jaxdistill.curate.contamination import EvaluationIndex, read_evaluation_sets
+from jaxdistill.curate.formats import UnknownShape, read_row, row_id, to_example
+from jaxdistill.curate.reading import Dropped, read_lines
+from jaxdistill.curate.text import tokens
+from jaxdistill.errors import RunError, UserError
+from jaxdistill.manifest import decontamination, write_config, write_manifest
+from jaxdistill.records import Example, write_jsonl
+from jaxdistill.verify import Verifier
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImportConfig:
+    """Which sets to read."""
+
+    inputs: tuple[Path, ...]  # JSON Lines: messages, ShareGPT, prompt/response, question/reasoning/answer, think tags
+    workdir: Path  # run folder: examples.jsonl, dropped.jsonl, config.json, manifest.json
+    evaluation_sets: tuple[Path, ...] = ()  # JSON Lines of evaluation problems; rows that repeat one are dropped
+    overlap: float = 0.45  # as in `jaxdistill curate`
+    verify: bool = True  # drop rows whose answer is known and not the one they reach; without an answer they stay
+    verify_timeout_s: float = 10.0  # seconds for one comparison with the known answer
+    strict: bool = False  # end at the first malformed line instead of counting it
+
+    def __post_init__(self) -> None:
+        if not self.inputs:
+            raise UserError("inputs is empty, expected one or more JSON Lines files")
+        if not self.verify_timeout_s > 0:
+            raise UserError(f"verify_timeout_s is {self.verify_timeout_s}, expected more than 0 seconds")
+
+
+def main(config: ImportConfig) -> Mapping[str, int]:
+    """Runs the command anew; returns how many rows were kept, by the shape they had, and dropped by reason.
+
+    Raises:
+      UserError: an input is missing, an evaluation set is not whole, or a line is malformed and `strict`.
+      RunError: nothing was kept; all files are written.
+    """
+    index = read_evaluation_sets(config.evaluation_sets, config.overlap)
+    write_config(config.workdir, config)
+    dropped: list[Dropped] = []
+    shapes: Counter[str] = Counter()
+    with Verifier(timeout_s=config.verify_timeout_s) as verifier:
+
+        def kept() -> Iterator[Example]:
+            for row in _rows(config, index, verifier):
+                if isinstance(row, Dropped):
+                    dropped.append(row)
+                else:
+                    shapes[row[0]] += 1
+                    yield row[1]
+
+        count = write_jsonl(config.workdir / "examples.jsonl", kept())
+    write_jsonl(config.workdir / "dropped.jsonl", dropped)
+    reasons = Counter(row.reason for row in dropped)
+    counts = {"kept": count, **dict(sorted(reasons.items()))}
+    facts = {"shapes": dict(shapes), "decontaminated": decontamination(config.evaluation_sets)}
+    write_manifest(config.workdir, "import", [*config.inputs, *config.evaluation_sets], counts, **facts)
+    numbers = ", ".join(f"{number} {name}" for name, number in counts.items())
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(
+        Text(
+            f"import: {numbers}; kept in {config.workdir / 'examples.jsonl'}, a reason for every other in dropped.jsonl"
+        )
+    )
+    if not count:
+        raise RunError(f"nothing was kept ({numbers}), first because of: {dropped[0].detail if dropped else 'no rows'}")
+    return counts
+
+
+def _rows(config: ImportConfig, index: EvaluationIndex, verifier: Verifier) -> Iterator[Dropped | tuple[str, Example]]:
+    """Each input row as (shape, example) or as its receipt; ids that come again get a number."""
+    used: Counter[str] = Counter()
+    for path in config.inputs:
+        for line in read_lines(path, config.strict):
+            if isinstance(line, Dropped):
+                yield line
+                continue
+            name = row_id(line.values, f"{path.stem}-{line.place.rpartition(':')[2]}")
+            try:
+                row = read_row(line.values)
+            except UnknownShape as error:
+                yield Dropped(id=name, place=line.place, reason="unknown_shape", detail=str(error))
+                continue
+            reason = None
+            if row.unfinished:
+                reason = "unfinished", "the thought was opened and never closed"
+            elif row.response is None:
+                reason = "no_response", f"a row of shape {row.shape} that holds a problem and no answer to it"
+            elif match := index.find(tokens(row.problem)):
+                reason = "contaminated", str(match)
+            elif config.verify and row.answer:
+                verdict = verifier.verify(row.response, row.answer, phrases=True)
+                if verdict.label != "correct":
+                    detail = f"rule {verdict.rule}: found {verdict.extracted!r}, the known answer is {row.answer!r}"
+                    reason = verdict.label, detail
+            if reason:
+                yield Dropped(id=name, place=line.place, reason=reason[0], detail=reason[1])
+                continue
+            used[name] += 1
+            yield row.shape, to_example(row, name if used[name] == 1 else f"{name}#{used[name]}")

@@ -1,0 +1,88 @@
+"""The examples that reflect most: markers and backtracking per 1,000 tokens of what the assistant says."""
+
+import dataclasses
+import heapq
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from jaxdistill.curate.reflection import reflect
+from jaxdistill.errors import UserError
+from jaxdistill.manifest import write_config, write_manifest
+from jaxdistill.records import Example, read_jsonl, write_jsonl
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SelectConfig:
+    """How many examples to choose, and by what."""
+
+    examples: Path  # JSON Lines of Example
+    workdir: Path  # run folder: examples.jsonl, scores.jsonl, config.json, manifest.json
+    count: int = 5000  # examples to choose; the paper chose about 5,000
+    backtrack_weight: float = 5.0  # markers that one changed result is worth
+    least_tokens: int = 100  # shorter chains are left out: one "wait" in ten words is no reflection
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise UserError(f"count is {self.count}, expected at least 1")
+        for name in ("backtrack_weight", "least_tokens"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"{name} is {getattr(self, name)}, expected 0 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scored:
+    """The score of one example, and whether it was chosen."""
+
+    id: str
+    score: float  # (markers + weight * backtracks) per 1,000 tokens
+    tokens: int
+    markers: int
+    backtracks: int
+    chosen: bool
+
+
+def main(config: SelectConfig) -> Mapping[str, int]:
+    """Writes the chosen examples in their order and the scores of all; returns how many were chosen and not.
+
+    Ties are broken by the order of the input. Memory: one example, and some 100 bytes for each.
+
+    Raises:
+      UserError: the examples are missing, malformed or none.
+    """
+    scores = [_score(config, one) for one in read_jsonl(config.examples, Example)]
+    if not scores:
+        raise UserError(f"{config.examples}: holds no example; expected at least one line")
+    able = ((row.score, -number) for number, row in enumerate(scores) if row.tokens >= config.least_tokens)
+    chosen = {-number for _, number in heapq.nlargest(config.count, able)}
+    rows = [dataclasses.replace(row, chosen=number in chosen) for number, row in enumerate(scores)]
+
+    def kept() -> Iterator[Example]:
+        for row, one in zip(rows, read_jsonl(config.examples, Example), strict=True):
+            if row.chosen:
+                yield one
+
+    write_config(config.workdir, config)
+    write_jsonl(config.workdir / "examples.jsonl", kept())
+    write_jsonl(config.workdir / "scores.jsonl", rows)
+    short = sum(row.tokens < config.least_tokens for row in rows)
+    counts = {"kept": len(chosen), "less_reflective": len(rows) - len(chosen) - short, "too_short": short}
+    least = min((row.score for row in rows if row.chosen), default=0.0)
+    write_manifest(config.workdir, "select", [config.examples], counts, least_score=least)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(Text(f"select: {len(chosen)} of {len(rows)} examples, scores from {least:.1f} per 1,000 tokens"))
+    return counts
+
+
+def _score(config: SelectConfig, one: Example) -> Scored:
+    found = reflect("\n".join(message["content"] for message in one.messages if message["role"] == "assistant"))
+    return Scored(
+        id=one.id,
+        score=found.score(config.backtrack_weight),
+        tokens=found.tokens,
+        markers=found.markers,
+        backtracks=found.backtracks,
+        chosen=False,
+    )
