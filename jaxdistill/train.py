@@ -77,6 +77,8 @@ class TrainConfig:
     model: Path  # Hugging Face folder, or a phase folder of another run
     phases: tuple[Phase, ...] = (Phase(name="sft", examples=Path("examples.jsonl")),)  # one after another
     context: ContextExtension | None = None  # for rows longer than the model was made for; the export has it too
+    evaluation_sets: tuple[Path, ...] = ()  # the model's tests; every example must have been checked against these
+    allow_contamination: bool = False  # train although the manifests do not say that it was
     heldout: Path | None = None  # Example rows whose loss is measured before, between and after
     row_tokens: int = 8192  # T, positions in a packed row
     batch_rows: int = 8  # rows in an optimizer step, over all devices
@@ -138,6 +140,24 @@ def check_fits(config: TrainConfig, c: Config, mesh: Mapping[str, int], device: 
     return attention
 
 
+def check_decontaminated(config: TrainConfig) -> None:
+    """Refuses examples that were not checked against the evaluation sets of the configuration.
+
+    Raises:
+      UserError: a set is missing, or by the manifests an examples file did not come through `jaxdistill curate` (or
+        `refine import`) with it.
+    """
+    for held in config.evaluation_sets:
+        if not held.is_file():
+            raise UserError(f"{held}: no such file; evaluation_sets names files of evaluation problems")
+        for phase in config.phases:
+            if not config.allow_contamination and manifest.file_hash(held) not in manifest.cleared_of(phase.examples):
+                raise UserError(
+                    f"{phase.examples} was not checked against {held}, by its manifests; run `jaxdistill curate` (or "
+                    "`jaxdistill refine import`) with it among its evaluation_sets, or say --allow-contamination"
+                )
+
+
 def main(config: TrainConfig) -> dict[str, Any]:
     """Trains all phases, resuming where an earlier call stopped; returns what the manifest holds under "phases"."""
     with jax.set_mesh(config.mesh.build()):
@@ -195,6 +215,7 @@ class Run:
     def _stages(self) -> list[_Stage]:
         """All phases, read and checked before anything is written: a mistake in the last one shows at once."""
         config, stages, parent = self.config, [], fingerprint(self.config.model)
+        check_decontaminated(config)
         context = dataclasses.asdict(config.context) if config.context else None
         for phase in config.phases:
             rows = self._prepare(phase.examples)

@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 import tiny
 
-from jaxdistill import hf, metrics, optim, train, weights
+from jaxdistill import hf, manifest, metrics, optim, train, weights
 from jaxdistill.checkpoint import load_model
 from jaxdistill.data import chat
 from jaxdistill.errors import UserError
@@ -336,3 +336,22 @@ def test_weights_that_do_not_fit(tmp_path: Path, model: Path, examples: Path):
         train.main(small(tmp_path / "run", broken, examples))
     assert "missing model.layers.1.mlp.up_proj.weight [32, 16]" in str(caught.value)
     assert "model.layers.0.mlp.down_proj.weight is [16, 24], expected [16, 32]" in str(caught.value)
+
+
+def test_examples_must_have_been_checked_against_the_evaluation_sets(tmp_path: Path, model: Path, examples: Path):
+    held = tmp_path / "held.jsonl"
+    held.write_text('{"problem": "?"}')
+    data = tmp_path / "data" / "examples.jsonl"
+    data.parent.mkdir()
+    shutil.copy(examples, data)
+    config = small(tmp_path / "run", model, data, evaluation_sets=(held,))
+    with pytest.raises(UserError, match=r"was not checked against .*held\.jsonl.*--allow-contamination"):
+        train.main(config)
+    train.check_decontaminated(dataclasses.replace(config, allow_contamination=True))
+    manifest.write_manifest(data.parent, "import", [held], {}, decontaminated=manifest.decontamination([held]))
+    train.check_decontaminated(config)
+    held.write_text('{"problem": "another"}')
+    with pytest.raises(UserError, match="was not checked"):
+        train.check_decontaminated(config)
+    with pytest.raises(UserError, match="no such file"):
+        train.check_decontaminated(dataclasses.replace(config, evaluation_sets=(tmp_path / "none.jsonl",)))
