@@ -1,5 +1,6 @@
 """The rows that stages exchange on disk, as JSON Lines. Bump SCHEMA when a field changes its meaning."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -7,7 +8,7 @@ import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import IO, Any, Literal, TypeVar
 
 from jaxdistill.errors import UserError
 
@@ -212,11 +213,18 @@ def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Any]) -> int:
     """Writes rows and returns their number; the file appears whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     count = 0
-    with partial.open("w", encoding="utf-8") as lines:
+    with whole_file(path) as lines:
         for row in rows:
             lines.write(to_json(row) + "\n")
             count += 1
-    partial.replace(path)
     return count
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[IO[str]]:
+    """A text file to write that appears whole, or not at all where the block raises."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as text:
+        yield text
+    partial.replace(path)

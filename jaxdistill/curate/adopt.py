@@ -1,5 +1,6 @@
 """Long-thought sets of others -> examples to train on, in one text form, with a receipt for every row left out."""
 
+import contextlib
 import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,7 @@ from jaxdistill.curate.reading import Dropped, read_lines
 from jaxdistill.curate.text import tokens
 from jaxdistill.errors import RunError, UserError
 from jaxdistill.manifest import decontamination, write_config, write_manifest
-from jaxdistill.records import Example, write_jsonl
+from jaxdistill.records import Example, to_json, whole_file
 from jaxdistill.verify import Verifier
 
 
@@ -46,22 +47,22 @@ def main(config: ImportConfig) -> Mapping[str, int]:
     """
     index = read_evaluation_sets(config.evaluation_sets, config.overlap)
     write_config(config.workdir, config)
-    dropped: list[Dropped] = []
+    reasons: Counter[str] = Counter()
     shapes: Counter[str] = Counter()
-    with Verifier(timeout_s=config.verify_timeout_s) as verifier:
-
-        def kept() -> Iterator[Example]:
-            for row in _rows(config, index, verifier):
-                if isinstance(row, Dropped):
-                    dropped.append(row)
-                else:
-                    shapes[row[0]] += 1
-                    yield row[1]
-
-        count = write_jsonl(config.workdir / "examples.jsonl", kept())
-    write_jsonl(config.workdir / "dropped.jsonl", dropped)
-    reasons = Counter(row.reason for row in dropped)
-    counts = {"kept": count, **dict(sorted(reasons.items()))}
+    first = "no rows"
+    with contextlib.ExitStack() as stack:
+        verifier = stack.enter_context(Verifier(timeout_s=config.verify_timeout_s))
+        examples = stack.enter_context(whole_file(config.workdir / "examples.jsonl"))
+        dropped = stack.enter_context(whole_file(config.workdir / "dropped.jsonl"))
+        for row in _rows(config, index, verifier):
+            if isinstance(row, Dropped):
+                first = row.detail if not reasons else first
+                reasons[row.reason] += 1
+                dropped.write(to_json(row) + "\n")
+            else:
+                shapes[row[0]] += 1
+                examples.write(to_json(row[1]) + "\n")
+    counts = {"kept": shapes.total(), **dict(sorted(reasons.items()))}
     facts = {"shapes": dict(shapes), "decontaminated": decontamination(config.evaluation_sets)}
     write_manifest(config.workdir, "import", [*config.inputs, *config.evaluation_sets], counts, **facts)
     numbers = ", ".join(f"{number} {name}" for name, number in counts.items())
@@ -71,8 +72,8 @@ def main(config: ImportConfig) -> Mapping[str, int]:
             f"import: {numbers}; kept in {config.workdir / 'examples.jsonl'}, a reason for every other in dropped.jsonl"
         )
     )
-    if not count:
-        raise RunError(f"nothing was kept ({numbers}), first because of: {dropped[0].detail if dropped else 'no rows'}")
+    if not counts["kept"]:
+        raise RunError(f"nothing was kept ({numbers}), first because of: {first}")
     return counts
 
 

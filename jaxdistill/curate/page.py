@@ -10,6 +10,7 @@ import jinja2
 
 from jaxdistill.curate.rules import RULES
 from jaxdistill.curate.statistics import Statistics, ordered
+from jaxdistill.records import whole_file
 
 if TYPE_CHECKING:
     from jaxdistill.curate.run import CurateConfig
@@ -26,6 +27,7 @@ def write(path: Path, config: "CurateConfig", counts: Mapping[str, int], statist
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    found = _statements({row.place for rows in statistics.samples.values() for row in rows})
     histograms = {name: dict(list(ordered(bins).items())[:_SHOWN_BINS]) for name, bins in statistics.histograms.items()}
     rendered = environment.get_template("page.html.jinja").render(
         config=dataclasses.asdict(config),
@@ -33,13 +35,12 @@ def write(path: Path, config: "CurateConfig", counts: Mapping[str, int], statist
         total=sum(counts.values()),
         histograms=histograms,
         meanings={name: (rule.__doc__ or "").strip() for name, rule in RULES.items()} | _MEANINGS,
-        dropped={reason: [(row, _statement(row.place)) for row in rows] for reason, rows in statistics.samples.items()},
+        dropped={reason: [(row, found[row.place]) for row in rows] for reason, rows in statistics.samples.items()},
         kept=statistics.kept_samples,
         characters=_SHOWN_CHARACTERS,
     )
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(rendered, encoding="utf-8", errors="xmlcharrefreplace")  # half an emoji becomes a reference
-    partial.replace(path)
+    with whole_file(path) as page:
+        page.write(rendered.encode(errors="xmlcharrefreplace").decode())  # half an emoji becomes a reference
 
 
 _MEANINGS = {
@@ -51,19 +52,22 @@ _MEANINGS = {
 }
 
 
-def _statement(place: str) -> str:
-    """What the input holds at `file:line`, as a reader wants to see it."""
-    path, _, number = place.rpartition(":")
-    with Path(path).open("rb") as lines:
-        line = next((line for i, line in enumerate(lines, start=1) if i == int(number)), b"")
+def _statements(places: set[str]) -> dict[str, str]:
+    """What the inputs hold at each `file:line`, as a reader wants to see it; each input is read once."""
+    found: dict[str, str] = {}
+    for path in sorted({place.rpartition(":")[0] for place in places}):
+        with Path(path).open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if (place := f"{path}:{number}") in places:
+                    found[place] = _statement(line)
+    return found
+
+
+def _statement(line: bytes) -> str:
     try:
         values = json.loads(line)
-        parts = {
-            name: values[name] for name in ("problem", "question", "prompt", "messages", "answer") if name in values
-        }
-        text = "\n\n".join(
-            f"{name}: {value if isinstance(value, str) else json.dumps(value)}" for name, value in parts.items()
-        )
-        return text or json.dumps(values, ensure_ascii=False)
+        names = [name for name in ("problem", "question", "prompt", "messages", "answer") if name in values]
+        texts = {name: values[name] if isinstance(values[name], str) else json.dumps(values[name]) for name in names}
+        return "\n\n".join(f"{name}: {text}" for name, text in texts.items()) or json.dumps(values, ensure_ascii=False)
     except (ValueError, TypeError):
         return line.decode(errors="replace")

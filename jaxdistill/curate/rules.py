@@ -42,19 +42,7 @@ _NOTHING = frozenset(("none", "n/a", "null", "-", "?", "proof", "qed", "无", "�
 def no_answer(problem: Problem) -> str | None:
     """No labelled answer: nothing could be verified."""
     answer = (problem.answer or "").strip().strip("$").strip()
-    if not answer or answer.lower() in (
-        "none",
-        "n/a",
-        "null",
-        "-",
-        "?",
-        "无",
-        "略",
-        "证明略",
-        "见解析",
-        "proof",
-        "qed",
-    ):
+    if not answer or answer.lower() in _NOTHING:
         return f"the answer is {problem.answer!r}"
     return None
 

@@ -7,7 +7,6 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO
 
 from rich.console import Console
 from rich.text import Text
@@ -23,7 +22,7 @@ from jaxdistill.curate.statistics import Statistics
 from jaxdistill.curate.text import tokens
 from jaxdistill.errors import UserError
 from jaxdistill.manifest import decontamination, write_config, write_json, write_manifest
-from jaxdistill.records import Problem, to_json
+from jaxdistill.records import Problem, to_json, whole_file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +65,7 @@ def main(config: CurateConfig) -> Mapping[str, int]:
     write_config(config.workdir, config)
     statistics = Statistics(config.seed)
     with contextlib.ExitStack() as stack:
-        receipts = stack.enter_context(_whole(config.workdir / "dropped.jsonl"))
+        receipts = stack.enter_context(whole_file(config.workdir / "dropped.jsonl"))
         candidates = stack.enter_context(_Candidates(config.workdir))
         for kept in _rows(config, index):
             if isinstance(kept, Dropped):
@@ -74,7 +73,7 @@ def main(config: CurateConfig) -> Mapping[str, int]:
             else:
                 candidates.add(*kept)
             statistics.see(kept)
-        result = stack.enter_context(_whole(config.workdir / "problems.jsonl"))
+        result = stack.enter_context(whole_file(config.workdir / "problems.jsonl"))
         for row in candidates.distinct(config.duplicate_jaccard):
             if isinstance(row, Dropped):
                 receipts.write(to_json(row) + "\n")
@@ -183,15 +182,6 @@ def _differ(one: Problem, other: Problem) -> bool:
 
 def _spelled(answer: str) -> list[str]:
     return [token.lstrip("0") or "0" for token in tokens(answer)]
-
-
-@contextlib.contextmanager
-def _whole(path: Path) -> Iterator[IO[str]]:
-    """A file that appears whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as lines:
-        yield lines
-    partial.replace(path)
 
 
 def _conclude(config: CurateConfig, counts: Mapping[str, int], statistics: Statistics) -> None:
