@@ -16,7 +16,7 @@ from jaxdistill.collect.config import LEDGER, RunConfig
 from jaxdistill.collect.ledger import Account, Ledger
 from jaxdistill.collect.prices import NANO
 from jaxdistill.collect.request import Failure, Request, Response
-from jaxdistill.collect.sampling import Sampling
+from jaxdistill.collect.sampling import Plan
 from jaxdistill.collect.sender import Sender
 from jaxdistill.collect.teacher import Teacher
 from jaxdistill.errors import RunError
@@ -33,7 +33,7 @@ _GROUP = 100  # answers judged at a time
 class Campaign:
     """One run. `ended` says afterwards why it ended early, None if every call has its outcome."""
 
-    def __init__(self, teacher: Teacher, ledger: Ledger, sampling: Sampling, config: RunConfig, verifier: Verifier):
+    def __init__(self, teacher: Teacher, ledger: Ledger, sampling: Plan, config: RunConfig, verifier: Verifier):
         self.teacher, self.ledger, self.sampling = teacher, ledger, sampling
         self.config, self.verifier = config, verifier
         self.ended: str | None = None
@@ -154,7 +154,7 @@ class Campaign:
 
 @contextlib.contextmanager
 def answered(
-    title: str, teacher: Teacher, sampling: Sampling, config: RunConfig
+    title: str, teacher: Teacher, sampling: Plan, config: RunConfig
 ) -> Iterator[tuple[Ledger, Account, str | None]]:
     """Runs a command's campaign: its ledger, still open, what it cost, and why it ended early if it did.
 

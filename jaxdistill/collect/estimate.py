@@ -7,7 +7,7 @@ from pathlib import Path
 from jaxdistill.collect.campaign import worst_case
 from jaxdistill.collect.config import LEDGER, RunConfig
 from jaxdistill.collect.prices import NANO
-from jaxdistill.collect.sampling import Sampling
+from jaxdistill.collect.sampling import Plan
 from jaxdistill.collect.teacher import Teacher
 from jaxdistill.records import Usage
 
@@ -16,7 +16,7 @@ _TOKENS_PER_S = 50.0  # of one answer, where this folder holds none to go by
 _PROMPT_BYTES = 3.5  # of a prompt token
 
 
-def estimate(teacher: Teacher, config: RunConfig, sampling: Sampling) -> str:
+def estimate(teacher: Teacher, config: RunConfig, sampling: Plan) -> str:
     """Requests, expected and worst-case cost, and time, as a table; every assumption is named."""
     answered, known, seconds = _known(config.workdir / LEDGER)
     calls = sampling.start()

@@ -13,12 +13,12 @@ from jaxdistill.collect.calls import Call, Judged
 from jaxdistill.collect.campaign import INTERRUPTED, OVER_BUDGET
 from jaxdistill.collect.ledger import Account
 from jaxdistill.collect.prices import NANO
-from jaxdistill.collect.sampling import Sampling
+from jaxdistill.collect.sampling import Plan
 from jaxdistill.collect.teacher import Teacher
 from jaxdistill.errors import RunError, UserError
 
 
-def costs(account: Account, sampling: Sampling, teacher: Teacher) -> dict[str, Any]:
+def costs(account: Account, sampling: Plan, teacher: Teacher) -> dict[str, Any]:
     """For the manifest: what these calls cost, what the whole folder did, and by whose prices."""
     return {
         "cost_usd": sum(sampling.nano.values()) / NANO,

@@ -4,12 +4,14 @@ import collections
 import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Literal
 
 from jaxdistill.collect import viewer
 from jaxdistill.collect.board import dollars
 from jaxdistill.collect.calls import Call, Judged, Receipt, read_problems
 from jaxdistill.collect.campaign import answered
 from jaxdistill.collect.config import RunConfig, ready
+from jaxdistill.collect.dialogues import Dialogues
 from jaxdistill.collect.estimate import estimate
 from jaxdistill.collect.ledger import Ledger
 from jaxdistill.collect.output import conclude, costs
@@ -17,7 +19,7 @@ from jaxdistill.collect.prices import NANO
 from jaxdistill.collect.prompting import COLLECT_PROMPTS, prompt_id, read_prompt
 from jaxdistill.collect.reply import read_reply
 from jaxdistill.collect.request import Request, Response
-from jaxdistill.collect.sampling import Sampling
+from jaxdistill.collect.sampling import Plan, Sampling, pass_rates
 from jaxdistill.collect.teacher import Teacher
 from jaxdistill.errors import UserError
 from jaxdistill.manifest import write_manifest
@@ -32,16 +34,23 @@ class CollectConfig(RunConfig):
     prompt: str = "long_thought.v1"  # system message, a file of collect/prompts without its .txt; empty sends none
     samples_per_problem: int = 1  # chains asked for each problem, at most
     until_verified: int | None = None  # stop asking about a problem after so many verified chains; None asks for all
+    method: Literal["direct", "journey", "debate"] = "direct"  # one call a chain, or a dialogue (collect/dialogues.py)
+    attempts: int = 3  # solutions of each dialogue, at most; it takes up to 2 * attempts - 1 calls
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("samples_per_problem", "until_verified"):
+        for name in ("samples_per_problem", "until_verified", "attempts"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"{name} is {value}, expected at least 1")
         if self.until_verified is not None and self.until_verified > self.samples_per_problem:
             raise UserError(
                 f"until_verified is {self.until_verified}, but samples_per_problem allows {self.samples_per_problem}"
             )
+        alone = {"samples_per_problem": 1, "until_verified": None}
+        given = [name for name, default in alone.items() if getattr(self, name) != default]
+        given += ["teacher.larger_max_tokens"] if self.teacher.larger_max_tokens is not None else []
+        if self.method != "direct" and given:
+            raise UserError(f"{' and '.join(given)} of method {self.method} cannot be set; expected with direct alone")
 
 
 def main(config: CollectConfig) -> Mapping[str, int]:
@@ -56,15 +65,10 @@ def main(config: CollectConfig) -> Mapping[str, int]:
     teacher = ready(config)
     system: tuple[Message, ...] = ({"role": "system", "content": prompt},) if prompt else ()
     prompt_name = prompt_id(config.prompt, prompt)
-
-    def asking(problem: Problem, sample_index: int, max_tokens: int | None) -> Request:
-        messages: tuple[Message, ...] = (*system, {"role": "user", "content": problem.problem})
-        return teacher.request(messages, sample_index, prompt_name, max_tokens)
-
     answerable = [problem for problem in problems if problem.answer is not None]
-    sampling = Sampling(
-        answerable, asking, config.samples_per_problem, config.until_verified, config.teacher.larger_max_tokens
-    )
+    sampling = _plan(config, answerable, teacher, system, prompt_name)
+    if isinstance(sampling, Dialogues):
+        prompt_name, prompt = sampling.prompt_name, sampling.prompt_text
     if config.dry_run:
         print(estimate(teacher, config, sampling))
         return {}
@@ -88,11 +92,26 @@ def main(config: CollectConfig) -> Mapping[str, int]:
     )
     write_jsonl(
         config.workdir / "pass_rates.jsonl",
-        ({"problem_id": name, "verified": v, "judged": n} for name, (v, n) in sampling.pass_rates().items()),
+        ({"problem_id": name, "verified": v, "judged": n} for name, (v, n) in pass_rates(sampling.in_order()).items()),
     )
     drops = [receipt.detail for receipt in dropped]
     conclude("collect", config.workdir / "chains.jsonl", counts, sampling.in_order(), drops, account, ended)
     return counts
+
+
+def _plan(
+    config: CollectConfig, problems: list[Problem], teacher: Teacher, system: tuple[Message, ...], prompt_name: str
+) -> Sampling | Dialogues:
+    """The calls that the method makes."""
+    if config.method != "direct":
+        return Dialogues(problems, config.method, config.attempts, system, teacher.request)
+
+    def asking(problem: Problem, sample_index: int, max_tokens: int | None) -> Request:
+        messages: tuple[Message, ...] = (*system, {"role": "user", "content": problem.problem})
+        return teacher.request(messages, sample_index, prompt_name, max_tokens)
+
+    larger = config.teacher.larger_max_tokens
+    return Sampling(problems, asking, config.samples_per_problem, config.until_verified, larger)
 
 
 def _unanswerable(problems: list[Problem]) -> Iterator[Receipt]:
@@ -103,18 +122,19 @@ def _unanswerable(problems: list[Problem]) -> Iterator[Receipt]:
             yield Receipt(id=problem.id, problem_id=problem.id, reason="unverifiable", detail=detail)
 
 
-def _receipts(sampling: Sampling) -> Iterator[Receipt]:
+def _receipts(sampling: Plan) -> Iterator[Receipt]:
     for call, judged in sampling.in_order():
         if judged.reason is not None:
             yield call.receipt(judged.reason, judged.detail, judged.usage)
 
 
-def _chains(teacher: Teacher, sampling: Sampling, ledger: Ledger) -> Iterator[Chain]:
+def _chains(teacher: Teacher, sampling: Sampling | Dialogues, ledger: Ledger) -> Iterator[Chain]:
     for call, judged in sampling.in_order():
         if judged.reason is None:
             response = ledger.result(call.key)
             assert isinstance(response, Response)
-            yield _chain(teacher, call, judged, response)
+            chain = _chain(teacher, call, judged, response)
+            yield sampling.told(chain) if isinstance(sampling, Dialogues) else chain
 
 
 def _chain(teacher: Teacher, call: Call, judged: Judged, response: Response) -> Chain:

@@ -2,6 +2,7 @@
 
 import collections
 from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol, runtime_checkable
 
 from jaxdistill.collect.calls import Call, Judged, judge
 from jaxdistill.collect.request import Failure, Request, Response
@@ -10,6 +11,32 @@ from jaxdistill.verify import Verifier
 
 Asking = Callable[[Problem, int, int | None], Request]  # problem, sample index, max_tokens (None: the usual limit)
 Judging = Callable[[Call, Response | Failure, Verifier], Judged]
+
+
+@runtime_checkable
+class Plan(Protocol):
+    """Which calls a campaign makes, and what they come to: `Sampling`, or `Dialogues`."""
+
+    judge: Judging
+    results: dict[str, tuple[Call, Judged]]
+    nano: dict[str, int]
+
+    def start(self) -> list[Call]:
+        """The first calls."""
+        ...
+
+    @property
+    def most(self) -> int:
+        """Calls at most, larger tries aside."""
+        ...
+
+    def judged(self, call: Call, judged: Judged) -> list[Call]:
+        """Takes what became of a call; returns the calls to make because of it."""
+        ...
+
+    def in_order(self) -> Iterator[tuple[Call, Judged]]:
+        """All results by problem and sample."""
+        ...
 
 
 class Sampling:
@@ -72,10 +99,11 @@ class Sampling:
                 if (result := self.results.get(f"{problem.id}/{index}")) is not None:
                     yield result
 
-    def pass_rates(self) -> dict[str, tuple[int, int]]:
-        """(verified, judged) samples by problem; a sample without an answer yet does not count."""
-        rates: dict[str, tuple[int, int]] = {}
-        for call, judged in self.in_order():
-            verified, asked = rates.get(call.problem.id, (0, 0))
-            rates[call.problem.id] = (verified + (judged.reason is None), asked + (not judged.again))
-        return rates
+
+def pass_rates(results: Iterable[tuple[Call, Judged]]) -> dict[str, tuple[int, int]]:
+    """(verified, judged) results by problem; one without an answer yet does not count."""
+    rates: dict[str, tuple[int, int]] = {}
+    for call, judged in results:
+        verified, asked = rates.get(call.problem.id, (0, 0))
+        rates[call.problem.id] = (verified + (judged.reason is None), asked + (not judged.again))
+    return rates

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,14 +10,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from jaxdistill.curate.contamination import EvaluationIndex, read_evaluation_sets
-from jaxdistill.curate.formats import UnknownShape, read_row, row_id, to_example
-from jaxdistill.curate.reading import Dropped, read_lines
-from jaxdistill.curate.text import tokens
+from jaxdistill.curate.contamination import EvaluationIndex, Read, read_evaluation_sets, read_rows
+from jaxdistill.curate.formats import to_example
+from jaxdistill.curate.reading import Dropped
 from jaxdistill.errors import RunError, UserError
 from jaxdistill.manifest import decontamination, write_config, write_manifest
 from jaxdistill.records import Example, to_json, whole_file
-from jaxdistill.verify import Verifier
+from jaxdistill.verify import VerifierPool
+
+_GROUP = 1000  # rows whose answers are compared together
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,11 +31,14 @@ class ImportConfig:
     overlap: float = 0.45  # as in `jaxdistill curate`
     verify: bool = True  # drop rows whose answer is known and not the one they reach; without an answer they stay
     verify_timeout_s: float = 10.0  # seconds for one comparison with the known answer
+    verify_workers: int = 2  # processes that compare answers
     strict: bool = False  # end at the first malformed line instead of counting it
 
     def __post_init__(self) -> None:
         if not self.inputs:
             raise UserError("inputs is empty, expected one or more JSON Lines files")
+        if self.verify_workers < 1:
+            raise UserError(f"verify_workers is {self.verify_workers}, expected at least 1")
         if not self.verify_timeout_s > 0:
             raise UserError(f"verify_timeout_s is {self.verify_timeout_s}, expected more than 0 seconds")
 
@@ -51,10 +56,10 @@ def main(config: ImportConfig) -> Mapping[str, int]:
     shapes: Counter[str] = Counter()
     first = "no rows"
     with contextlib.ExitStack() as stack:
-        verifier = stack.enter_context(Verifier(timeout_s=config.verify_timeout_s))
+        verifiers = stack.enter_context(VerifierPool(config.verify_workers, timeout_s=config.verify_timeout_s))
         examples = stack.enter_context(whole_file(config.workdir / "examples.jsonl"))
         dropped = stack.enter_context(whole_file(config.workdir / "dropped.jsonl"))
-        for row in _rows(config, index, verifier):
+        for row in _rows(config, index, verifiers):
             if isinstance(row, Dropped):
                 first = row.detail if not reasons else first
                 reasons[row.reason] += 1
@@ -77,34 +82,37 @@ def main(config: ImportConfig) -> Mapping[str, int]:
     return counts
 
 
-def _rows(config: ImportConfig, index: EvaluationIndex, verifier: Verifier) -> Iterator[Dropped | tuple[str, Example]]:
+def _rows(
+    config: ImportConfig, index: EvaluationIndex, verifiers: VerifierPool
+) -> Iterator[Dropped | tuple[str, Example]]:
     """Each input row as (shape, example) or as its receipt; ids that come again get a number."""
     used: Counter[str] = Counter()
-    for path in config.inputs:
-        for line in read_lines(path, config.strict):
-            if isinstance(line, Dropped):
-                yield line
+    rows = map(_usable, read_rows(config.inputs, index, config.strict))
+    while group := list(itertools.islice(rows, _GROUP)):
+        outputs = [
+            (one.row.response or "", one.row.answer)
+            for one in group
+            if isinstance(one, Read) and config.verify and one.row.answer
+        ]
+        verdicts = verifiers.verify_all(outputs, phrases=True)
+        for one in group:
+            if isinstance(one, Dropped):
+                yield one
                 continue
-            name = row_id(line.values, f"{path.stem}-{line.place.rpartition(':')[2]}")
-            try:
-                row = read_row(line.values)
-            except UnknownShape as error:
-                yield Dropped(id=name, place=line.place, reason="unknown_shape", detail=str(error))
+            if config.verify and one.row.answer and (verdict := next(verdicts)).label != "correct":
+                detail = f"rule {verdict.rule}: found {verdict.extracted!r}, the known answer is {one.row.answer!r}"
+                yield Dropped(id=one.id, place=one.place, reason=verdict.label, detail=detail)
                 continue
-            reason = None
-            if row.unfinished:
-                reason = "unfinished", "the thought was opened and never closed"
-            elif row.response is None:
-                reason = "no_response", f"a row of shape {row.shape} that holds a problem and no answer to it"
-            elif match := index.find(tokens(row.problem)):
-                reason = "contaminated", str(match)
-            elif config.verify and row.answer:
-                verdict = verifier.verify(row.response, row.answer, phrases=True)
-                if verdict.label != "correct":
-                    detail = f"rule {verdict.rule}: found {verdict.extracted!r}, the known answer is {row.answer!r}"
-                    reason = verdict.label, detail
-            if reason:
-                yield Dropped(id=name, place=line.place, reason=reason[0], detail=reason[1])
-                continue
-            used[name] += 1
-            yield row.shape, to_example(row, name if used[name] == 1 else f"{name}#{used[name]}")
+            used[one.id] += 1
+            yield one.row.shape, to_example(one.row, one.id if used[one.id] == 1 else f"{one.id}#{used[one.id]}")
+
+
+def _usable(read: Read | Dropped) -> Read | Dropped:
+    """The row if it holds a whole answer to a problem."""
+    if isinstance(read, Dropped) or not (read.row.unfinished or read.row.response is None):
+        return read
+    if read.row.unfinished:
+        reason, detail = "unfinished", "the thought was opened and never closed"
+    else:
+        reason, detail = "no_response", f"a row of shape {read.row.shape} that holds a problem and no answer to it"
+    return Dropped(id=read.id, place=read.place, reason=reason, detail=detail)

@@ -2,11 +2,12 @@
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from jaxdistill.curate.formats import UnknownShape, read_row, row_id
-from jaxdistill.curate.reading import Line, read_lines
+from jaxdistill.curate.formats import Imported, UnknownShape, read_row, row_id
+from jaxdistill.curate.reading import Dropped, Line, read_lines
 from jaxdistill.curate.text import shingles, tokens
 from jaxdistill.errors import UserError
 
@@ -85,3 +86,35 @@ def read_evaluation_sets(paths: Iterable[Path], least_share: float) -> Evaluatio
         if len(items) == before:
             raise UserError(f"{path}: holds no problem; expected the problems of an evaluation")
     return EvaluationIndex(items, least_share)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Read:
+    """A row of an input that no evaluation set holds."""
+
+    id: str
+    place: str  # file:line
+    values: Mapping[str, Any]
+    row: Imported
+
+
+def read_rows(inputs: Iterable[Path], index: EvaluationIndex, strict: bool) -> Iterator[Read | Dropped]:
+    """Each row of files of any known shape, or its receipt: malformed, unknown_shape or contaminated.
+
+    Raises as `read_lines`.
+    """
+    for path in inputs:
+        for line in read_lines(path, strict):
+            if isinstance(line, Dropped):
+                yield line
+                continue
+            name = row_id(line.values, f"{path.stem}-{line.place.rpartition(':')[2]}")
+            try:
+                row = read_row(line.values)
+            except UnknownShape as error:
+                yield Dropped(id=name, place=line.place, reason="unknown_shape", detail=str(error))
+                continue
+            if match := index.find(tokens(row.problem)):
+                yield Dropped(id=name, place=line.place, reason="contaminated", detail=str(match))
+            else:
+                yield Read(id=name, place=line.place, values=line.values, row=row)

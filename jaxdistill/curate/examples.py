@@ -42,18 +42,6 @@ def main(config: ExamplesConfig) -> int:
     return count
 
 
-def read_examples(path: Path) -> list[Example]:
-    """Reads conversations.
-
-    Raises:
-      UserError: the file is missing, malformed or empty.
-    """
-    examples = list(read_jsonl(path, Example))
-    if not examples:
-        raise UserError(f"{path}: holds no example; expected at least one line")
-    return examples
-
-
 def chains_to_examples(chains: Iterable[Chain]) -> Iterator[Example]:
     r"""One example a chain, in their order.
 

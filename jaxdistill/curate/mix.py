@@ -1,19 +1,19 @@
 """Several sets of examples as one, shuffled: the bilingual set of the paper's second model."""
 
+import contextlib
 import dataclasses
 import random
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
-from jaxdistill.curate.examples import read_examples
 from jaxdistill.curate.text import language
 from jaxdistill.errors import UserError
 from jaxdistill.manifest import write_config, write_manifest
-from jaxdistill.records import Example, write_jsonl
+from jaxdistill.records import Example, read_jsonl, whole_file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,13 +30,26 @@ class MixConfig:
             raise UserError("examples is empty, expected one or more JSON Lines files")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Place:
+    """Where a row stands, and what is asked of it."""
+
+    id: str
+    path: Path
+    start: int  # bytes before its line
+    language: str
+    provenance: tuple[str, ...]
+
+
 def main(config: MixConfig) -> Mapping[str, int]:
     """Writes examples.jsonl and returns its number of rows, in all and by language, and of those without a pair.
+
+    Memory: one row, and some 500 bytes for each.
 
     Raises:
       UserError: a file is missing, malformed or empty, or two examples have one id.
     """
-    rows = [one for path in config.examples for one in read_examples(path)]
+    rows = [place for path in config.examples for place in _places(path)]
     repeated = [name for name, count in Counter(one.id for one in rows).items() if count > 1]
     if repeated:
         raise UserError(
@@ -45,8 +58,13 @@ def main(config: MixConfig) -> Mapping[str, int]:
     kept = _paired(rows) if config.pairs else rows
     random.Random(config.seed).shuffle(kept)
     write_config(config.workdir, config)
-    write_jsonl(config.workdir / "examples.jsonl", kept)
-    languages = Counter(language(one.messages[0]["content"]) for one in kept)
+    with contextlib.ExitStack() as stack:
+        sources = {path: stack.enter_context(path.open("rb")) for path in config.examples}
+        mixed = stack.enter_context(whole_file(config.workdir / "examples.jsonl"))
+        for one in kept:
+            sources[one.path].seek(one.start)
+            mixed.write(sources[one.path].readline().decode().strip() + "\n")
+    languages = Counter(one.language for one in kept)
     counts = {"kept": len(kept), **dict(sorted(languages.items())), "without_pair": len(rows) - len(kept)}
     write_manifest(config.workdir, "mix", config.examples, counts)
     numbers = ", ".join(f"{count} {name}" for name, count in counts.items())
@@ -55,13 +73,39 @@ def main(config: MixConfig) -> Mapping[str, int]:
     return counts
 
 
-def _paired(rows: list[Example]) -> list[Example]:
+def _places(path: Path) -> list[_Place]:
+    places = [
+        _Place(
+            id=one.id,
+            path=path,
+            start=start,
+            language=language(one.messages[0]["content"]),
+            provenance=one.provenance,
+        )
+        for one, start in zip(read_jsonl(path, Example), _starts(path), strict=True)
+    ]
+    if not places:
+        raise UserError(f"{path}: holds no example; expected at least one line")
+    return places
+
+
+def _starts(path: Path) -> Iterator[int]:
+    """Bytes before each line that is not empty."""
+    start = 0
+    with path.open("rb") as lines:
+        for line in lines:
+            if line.strip():
+                yield start
+            start += len(line)
+
+
+def _paired(rows: list[_Place]) -> list[_Place]:
     """Those of which another row is the translation: a translation names its source in its provenance."""
     by_id = {one.id: one for one in rows}
     names: set[str] = set()
     for one in rows:
         for source in one.provenance:
             other = by_id.get(source)
-            if other and {language(one.messages[0]["content"]), language(other.messages[0]["content"])} == {"en", "zh"}:
+            if other and {one.language, other.language} == {"en", "zh"}:
                 names |= {one.id, other.id}
     return [one for one in rows if one.id in names]

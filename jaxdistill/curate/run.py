@@ -13,10 +13,10 @@ from rich.text import Text
 
 from jaxdistill.curate import page
 from jaxdistill.curate.choices import open_question
-from jaxdistill.curate.contamination import EvaluationIndex, read_evaluation_sets
+from jaxdistill.curate.contamination import EvaluationIndex, read_evaluation_sets, read_rows
 from jaxdistill.curate.duplicates import Fingerprints, find_duplicates, same_problem
-from jaxdistill.curate.formats import UnknownShape, read_row, row_id, to_problem
-from jaxdistill.curate.reading import Dropped, read_lines
+from jaxdistill.curate.formats import to_problem
+from jaxdistill.curate.reading import Dropped
 from jaxdistill.curate.rules import RULES, first_reason
 from jaxdistill.curate.statistics import Statistics
 from jaxdistill.curate.text import tokens
@@ -97,26 +97,17 @@ def main(config: CurateConfig) -> Mapping[str, int]:
 
 def _rows(config: CurateConfig, index: EvaluationIndex) -> Iterator[Dropped | tuple[Problem, str]]:
     """Each input row as a problem that passes the rules, with its place, or as its receipt."""
-    for path in config.inputs:
-        for line in read_lines(path, config.strict):
-            if isinstance(line, Dropped):
-                yield line
-                continue
-            name = row_id(line.values, f"{path.stem}-{line.place.rpartition(':')[2]}")
-            try:
-                problem = to_problem(read_row(line.values), line.values, name)
-            except UnknownShape as error:
-                yield Dropped(id=name, place=line.place, reason="unknown_shape", detail=str(error))
-                continue
-            if match := index.find(tokens(problem.problem)):
-                yield Dropped(id=name, place=line.place, reason="contaminated", detail=str(match))
-                continue
-            if config.open_choices:
-                problem = open_question(problem) or problem
-            if found := first_reason(problem, config.rules):
-                yield Dropped(id=name, place=line.place, reason=found[0], detail=found[1])
-                continue
-            yield problem, line.place
+    for read in read_rows(config.inputs, index, config.strict):
+        if isinstance(read, Dropped):
+            yield read
+            continue
+        problem = to_problem(read.row, read.values, read.id)
+        if config.open_choices:
+            problem = open_question(problem) or problem
+        if found := first_reason(problem, config.rules):
+            yield Dropped(id=read.id, place=read.place, reason=found[0], detail=found[1])
+        else:
+            yield problem, read.place
 
 
 class _Candidates:

@@ -7,10 +7,10 @@ from pathlib import Path
 from jaxdistill import thinking
 from jaxdistill.collect.calls import Reason, Receipt
 from jaxdistill.collect.config import RunConfig
-from jaxdistill.curate.examples import read_examples
 from jaxdistill.curate.gates import translation_gate
 from jaxdistill.curate.rewriting import Rewriting
-from jaxdistill.records import Example, Message, Problem
+from jaxdistill.errors import UserError
+from jaxdistill.records import Example, Message, Problem, read_jsonl
 from jaxdistill.verify import Verifier
 
 _TARGET = "zh"
@@ -27,9 +27,13 @@ class TranslateConfig(RunConfig):
 def main(config: TranslateConfig) -> Mapping[str, int]:
     """Runs the command, or continues it; returns the numbers of examples translated, and dropped by reason.
 
-    Raises: as `Rewriting.run`.
+    Raises:
+      UserError: the examples are missing, malformed or none; and as `Rewriting.run`.
+      RunError: as `Rewriting.run`.
     """
-    examples = read_examples(config.examples)
+    examples = list(read_jsonl(config.examples, Example))
+    if not examples:
+        raise UserError(f"{config.examples}: holds no example; expected at least one line")
     rewriting = Rewriting(
         command="translate", source=config.examples, prompt=config.prompt, fields=_fields, gate=_gate, tries=2
     )

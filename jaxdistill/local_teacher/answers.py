@@ -8,10 +8,20 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from jaxdistill.local_teacher.problems import parse
-from jaxdistill.local_teacher.thoughts import UNKNOWN, Thought, count_tokens, first_tokens, long_thought, reformatted
+from jaxdistill.local_teacher.thoughts import (
+    UNKNOWN,
+    Thought,
+    after_numbered,
+    count_tokens,
+    first_tokens,
+    long_thought,
+    reformatted,
+    review,
+)
 
 MODEL = "local-teacher"
 REFORMAT_WORDS = "rewrite the solution"  # what the prompts of curate/prompts/reformat.* say
+REVIEW_WORDS, GO_ON_WORDS = "first wrong step", "right steps so far"  # of collect/prompts/*_review.*, journey_revise.*
 LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 PRICES_USD = (1.0, 4.0)  # per million prompt and output tokens; play money, as in collect/profiles/local.toml
 Outcome = Literal["right", "wrong", "truncated", "unknown", "rate_limited", "server_error"]
@@ -139,8 +149,12 @@ def answer(body: Mapping[str, Any], attempt: int, seed: int, faults: Faults) -> 
         outcome, thought = "unknown", Thought("", UNKNOWN)
     elif REFORMAT_WORDS in text.lower():
         thought = Thought("", reformatted(task, rng if outcome == "wrong" else None))
+    elif REVIEW_WORDS in text.lower():
+        outcome, thought = "right" if outcome == "wrong" else outcome, Thought("", review(task, text))
     else:
         thought = long_thought(task, rng, wrong_turn_rate=faults.wrong_turn, wrong=outcome == "wrong")
+        if GO_ON_WORDS in text.lower():
+            thought = after_numbered(text, thought)
     limits = [body[name] for name in LIMITS if body.get(name) is not None]
     length = count_tokens(thought.reasoning) + count_tokens(thought.content)
     if outcome == "truncated":

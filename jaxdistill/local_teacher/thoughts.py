@@ -77,6 +77,22 @@ def reformatted(task: Task, rng: random.Random | None = None) -> str:
     return "\n".join(lines)
 
 
+def review(task: Task, text: str) -> str:
+    """Names the first of the numbered steps in a text whose value is wrong, or none."""
+    for index, (letter, (facts, result)) in enumerate(zip(task.family.letters, task.steps(), strict=True)):
+        label = f"{letter}{task.operand(index)}: "
+        step = re.search(rf"^(\d+)\. {label}.*(\d)\.$", text, re.MULTILINE)
+        if step and int(step[2]) != result:
+            return f"Wait, {label}should be {_work(facts, result)}.\nStep: {step[1]}"
+    return "I worked each step again and came to the same values.\nStep: none"
+
+
+def after_numbered(text: str, thought: Thought) -> Thought:
+    """A thought without its first lines: as many as the text holds numbered ones."""
+    held = len(re.findall(r"^\d+\. ", text, re.MULTILINE))
+    return Thought("\n".join(thought.reasoning.splitlines()[held:]), thought.content)
+
+
 _TOKEN = re.compile(r"\d|[^\W\d]+|[^\w\s]|_")
 
 

@@ -340,5 +340,7 @@ def test_a_refused_translation_is_asked_for_once_more_then_dropped(tmp_path: Pat
     mixed = mix.MixConfig(examples=both, workdir=tmp_path / "mix", pairs=True)
     assert mix.main(mixed) == {"kept": 2, "en": 1, "zh": 1, "without_pair": 1}
     assert {one.id for one in read_jsonl(tmp_path / "mix" / "examples.jsonl", Example)} == {"good", "good/zh"}
+    with pytest.raises(UserError, match="no such file"):
+        mix.main(mix.MixConfig(examples=(tmp_path / "none.jsonl",), workdir=tmp_path / "none"))
     with pytest.raises(UserError, match="more than once"):
         mix.main(mix.MixConfig(examples=(both[0], both[0]), workdir=tmp_path / "twice"))
