@@ -1,4 +1,4 @@
-"""A plan held against a run: the time of a step as foretold and as measured."""
+"""What a run measured of the step that is planned, for the plan to be held against."""
 
 import dataclasses
 import json
@@ -8,7 +8,6 @@ from typing import Any
 
 from jaxdistill import metrics
 from jaxdistill.errors import UserError
-from jaxdistill.plan.roofline import Estimate
 from jaxdistill.train import TrainConfig
 
 _FIRST = 2  # rows of each phase left out: the first step's time has its compilation, and the next may wait for it
@@ -22,11 +21,10 @@ class Measured:
     run: str
     steps: int  # those with a time, without the first of each phase
     step_s: float  # median
-    predicted_over_measured: float
 
 
-def compare(run: Path, config: TrainConfig, estimate: Estimate) -> Measured:
-    """What a run folder's metrics say of the step that was planned.
+def read(run: Path, config: TrainConfig) -> Measured:
+    """What a run folder's metrics say of the step that is planned.
 
     Raises:
       UserError: it holds no run, one of another step, or too few steps.
@@ -48,8 +46,7 @@ def compare(run: Path, config: TrainConfig, estimate: Estimate) -> Measured:
             seconds += [row["step_s"] for row in rows if "step_s" in row][_FIRST:]
     if not seconds:
         raise UserError(f"{run} has no more than {_FIRST} timed steps in any phase; let it run on")
-    median = statistics.median(seconds)
-    return Measured(str(run), len(seconds), median, estimate.step_s / median)
+    return Measured(str(run), len(seconds), statistics.median(seconds))
 
 
 def _without_defaults(value: Any) -> Any:

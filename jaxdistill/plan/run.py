@@ -84,6 +84,7 @@ def main(config: PlanConfig) -> list[Plan]:
     devices = ahead.devices(target)
     quantized.check(train.step.matmul_dtype, devices[0])
     work = work_of(config, base, c)
+    ran = measured.read(config.measured, train) if config.measured else None
     console.print(f"data: {work.source}")
     if config.search:
         found = search.candidates(
@@ -101,7 +102,6 @@ def main(config: PlanConfig) -> list[Plan]:
             break
     plans.sort(key=lambda plan: (plan.problem != "", plan.estimate.step_s))
     best = plans[0]
-    ran = measured.compare(config.measured, best.config, best.estimate) if config.measured else None
     manifest.write_json(config.workdir / f"{config.hardware.replace(':', '-')}.json", _record(plans, target, work, ran))
     if best.problem or best.step is None:
         remedy = "use more chips, shorter rows or a leaner state" if config.search else "--search tries other ways"
@@ -111,7 +111,7 @@ def main(config: PlanConfig) -> list[Plan]:
     if ran:
         console.print(
             f"measured: {ran.step_s:.3f} s a step, the median of {ran.steps} in {ran.run}; predicted "
-            f"{best.estimate.step_s:.3f}, {ran.predicted_over_measured:.2f} of it"
+            f"{best.estimate.step_s:.3f}, {best.estimate.step_s / ran.step_s:.2f} of it"
         )
     return plans
 
@@ -245,13 +245,14 @@ def _cost(estimate: roofline.Estimate, target: Hardware, work: Work) -> Iterable
 
 def _record(plans: list[Plan], target: Hardware, work: Work, ran: Measured | None) -> dict[str, Any]:
     """What is kept of a plan, and of the run that it was held against."""
+    held = ran and {**dataclasses.asdict(ran), "predicted_over_measured": plans[0].estimate.step_s / ran.step_s}
     return {
         "hardware": str(target),
         "jax": jax.__version__,
         "work": dataclasses.asdict(work),
         "efficiency": roofline.EFFICIENCY[target.chip.platform]._asdict(),
         "formula": roofline.FORMULA,
-        "measured": dataclasses.asdict(ran) if ran else None,
+        "measured": held,
         "plans": [
             {
                 "mesh": plan.sizes,
