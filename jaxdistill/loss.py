@@ -82,15 +82,16 @@ def _local(x: Array, w: Array, targets: Array, weights: Array, gradients: bool) 
             return (loss, dw), jnp.zeros(())
         g_CV = ((exp_CV / total_C[:, None] - hit_CV) * weight_C[:, None]).astype(x.dtype)
         dx_CD = jnp.einsum("CV,VD->CD", g_CV, w, preferred_element_type=jnp.float32)
-        dw += jnp.einsum("CV,CD->VD", g_CV, x_CD, preferred_element_type=jnp.float32)
+        dw += jnp.einsum("CV,CD->DV", g_CV, x_CD, preferred_element_type=jnp.float32)
         return (loss, dw), jax.lax.psum(dx_CD, "tensor").astype(x.dtype)
 
-    start = (jnp.zeros(()), jnp.zeros(w.shape if gradients else (), jnp.float32))
+    start = (jnp.zeros(()), jnp.zeros(w.shape[::-1] if gradients else (), jnp.float32))
     (loss, dw), dx = jax.lax.scan(body, start, (split(x), split(targets), split(weights)))
     loss = jax.lax.psum(loss, ("data", "fsdp", "context"))
     if not gradients:
         return (loss,)
     dx = dx.reshape(-1, x.shape[-1])[:tokens].reshape(x.shape)
+    dw = dw.reshape(jax.lax.axis_size("fsdp"), jax.lax.axis_size("context"), -1, V)
     for axis in ("fsdp", "context"):
-        dw = jax.lax.psum_scatter(dw, axis, scatter_dimension=1, tiled=True)
-    return loss, dx, jax.lax.psum(dw, "data")
+        dw = jax.lax.psum_scatter(dw, axis)
+    return loss, dx, jax.lax.psum(dw, "data").T

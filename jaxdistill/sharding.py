@@ -108,8 +108,9 @@ def gather(weight: jax.Array, dims: str, dtype: Any) -> jax.Array:
     its way back it is reduce-scattered over fsdp, what is left of it over context, and only then, in storage layout,
     all-reduced over data.
 
-    The gathers are written out, for the sake of the gradient: what is left to the partitioner is spelled as an
-    all-reduce of which a part is kept, and the TPU's compiler makes reduce-scatters of only some of those again.
+    The gathers are written out for the sake of the gradient: what is left to the partitioner becomes an all-reduce of
+    which a part is kept. They stack the devices' parts in front, and do not join them along D: a TPU tiles the last two
+    dimensions of its layout, and where parts are no whole tiles it reduce-scatters by a whole all-reduce.
     """
     axes = split_over(spec("D", STORAGE))
     stored = jax.P(*spec(dims, STORAGE), reduced=TOKEN_AXES.difference(axes))
@@ -120,9 +121,10 @@ def gather(weight: jax.Array, dims: str, dtype: Any) -> jax.Array:
         return jax.sharding.reshard(weight, gathered)
 
     def local(w: jax.Array) -> jax.Array:
+        w = jnp.moveaxis(w, dims.index("D"), 0)
         for axis in reversed(axes):
-            w = jax.lax.all_gather(w, axis, axis=dims.index("D"), tiled=True, to="reduced")
-        return w
+            w = jax.lax.all_gather(w, axis, to="reduced")
+        return jnp.moveaxis(w.reshape(-1, *w.shape[len(axes) + 1 :]), 0, dims.index("D"))
 
     moved: Any = jax.shard_map(local, in_specs=stored, out_specs=gathered)(weight)
     return moved

@@ -10,7 +10,7 @@ import optax
 from flax import struct
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from jaxdistill import optim_state, sharding, weights
+from jaxdistill import compiler, optim_state, sharding, weights
 from jaxdistill.data.packing import Batch
 from jaxdistill.errors import UserError
 from jaxdistill.loss import cross_entropy_sum
@@ -144,7 +144,7 @@ def make_step(
     optimizer: optax.GradientTransformation,
     average_decay: float = 0.0,
 ) -> Callable[[State, Batch], tuple[State, dict[str, Array]]]:
-    """The jitted training step. Batches are [accumulate, B, T]; the old state's memory is reused.
+    """The jitted training step for the current mesh. Batches are [accumulate, B, T]; the old state's memory is reused.
 
     The loss is the mean over the global batch's weighted tokens: pieces are summed and divided once.
 
@@ -184,7 +184,8 @@ def make_step(
         new = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state, average=average)
         return new, {"loss": loss, "grad_norm": optax.tree.norm(grads), "loss_tokens": total}
 
-    return jax.jit(step, donate_argnums=0)
+    options = compiler.options(jax.sharding.get_mesh().devices.flat[0])
+    return jax.jit(step, donate_argnums=0, compiler_options=options)
 
 
 def make_heldout_loss(

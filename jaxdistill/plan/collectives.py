@@ -18,7 +18,8 @@ _CONSTANT = re.compile(r"%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)")
 _BOUND = re.compile(r"ROOT .* compare\(%?[\w.\-]+, %?([\w.\-]+)\), direction=LT")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _IN_TWO_SIZES = ("all-gather", "reduce-scatter", "collective-permute")  # before and after, of one device
-_CALLERS = ("call", "conditional", "fusion", "async-start")
+_CALLERS = ("call", "call-start", "conditional", "fusion", "async-start")
+_REDUCE_SCATTER = "all-reduce-scatter"  # begins the names of fusions that TPUs run as a ring reduce-scatter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +76,10 @@ def _walk(
         if kind in KINDS:
             channel = _CHANNEL.search(instruction)
             if not (fused and channel and channel[1] in met):
-                yield _collective(kind, result, instruction, times)
+                found = _collective(kind, result, instruction, times)
+                if name.startswith(_REDUCE_SCATTER):  # written as an all-reduce of which a device keeps its part
+                    found = dataclasses.replace(found, kind="reduce-scatter")
+                yield found
             met |= {channel[1]} if fused and channel else set()
         elif opcode == "while":
             for called in _CALLED.findall(instruction):

@@ -22,7 +22,7 @@ TEXT = (
 ARRAYS = (
     ("errors", "records", "manifest", "progress", "thinking"),
     ("chips", "sharding", "metrics", "rounding", "runtime", "weights"),
-    ("models", "loss", "optim", "optim_state", "data", "train_step"),
+    ("compiler", "models", "loss", "optim", "optim_state", "data", "train_step"),
     ("hf", "checkpoint", "export"),
     ("sample",),
     ("evaluate",),

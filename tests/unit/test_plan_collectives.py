@@ -129,3 +129,23 @@ ENTRY %main (p: bf16[8]) -> s32[] {{
 """
     found = [(one.kind, one.payload_bytes, one.times) for one in collectives.read(hlo)]
     assert found == [("all-gather", 128, 28), ("all-reduce", 64, 28), ("all-reduce", 64, 28)]
+
+
+def test_reduce_scatters_as_tpus_run_them():
+    """On a SparseCore, as a call; and as a fusion of an all-reduce with the slice that a device keeps of it."""
+    hlo = """
+%all-reduce-scatter.2.clone (p: bf16[16,8]) -> bf16[4,8] {
+  %all = bf16[16,8]{1,0} all-reduce(%p), channel_id=3, replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %own = bf16[4,8]{1,0} dynamic-slice(%all, %i, %zero), dynamic_slice_sizes={4,8}
+}
+%called_computation (p: bf16[32], t: token[]) -> bf16[8] {
+  ROOT %scatter = bf16[8]{0} reduce-scatter(%p), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}, to_apply=%add
+}, execution_thread="sparsecore"
+ENTRY %main (p: bf16[32]) -> bf16[8] {
+  %a = bf16[4,8]{1,0} fusion(%q), kind=kCustom, calls=%all-reduce-scatter.2.clone
+  %b = ((bf16[32]{0}, token[]), bf16[8]{0}) call-start(%p, %t), to_apply=%called_computation
+  ROOT %c = bf16[8]{0} call-done(%b)
+}
+"""
+    found = [(one.kind, one.payload_bytes, one.group) for one in collectives.read(hlo)]
+    assert found == [("reduce-scatter", 256, 4), ("reduce-scatter", 64, 4)]

@@ -59,7 +59,8 @@ def _whole_rows(attend: Callable[..., Array], q: Array, k: Array, v: Array, segm
 def _gathered(attend: Callable[..., Array], q: Array, k: Array, v: Array, segments: Array) -> Array:
     """Two chunks of each row's queries [B, T, N, H] against all of its keys, gathered here: gradients then scatter."""
     S, shards = segments.shape[1], segments.shape[1] // q.shape[1]
-    k, v = (jax.lax.all_gather(x, "context", axis=1, tiled=True) for x in (k, v))
+    # Stacked, not joined: see `sharding.gather`
+    k, v = (rearrange(jax.lax.all_gather(x, "context", axis=1), "B n t K H -> B (n t) K H") for x in (k, v))
     k, v, segments = (_unzigzag(x, shards) for x in (k, v, segments))
     return attend(q, k, v, segments, query_order(S, shards), jax.lax.axis_index("context"))
 

@@ -1,0 +1,82 @@
+"""The training step of real models, compiled for slices of TPUs by their own compiler: memory and collectives."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import kernels
+import pytest
+import tiny
+
+from jaxdistill import weights
+from jaxdistill.models import decoder
+from jaxdistill.models.config import Config
+from jaxdistill.plan import ahead, hardware
+from jaxdistill.plan.ahead import Compiled
+from jaxdistill.plan.collectives import KINDS
+from jaxdistill.sharding import MeshConfig
+from jaxdistill.train import TrainConfig
+
+T = 32_768
+GIB, MIB = 2**30, 2**20
+
+
+class Case(NamedTuple):
+    """A model on a slice."""
+
+    shape: tuple[int, int, int, int, int]  # hidden, mlp, layers, heads, key/value heads
+    hardware: str
+    sizes: dict[str, int]  # of the mesh; a row a time on each of its rows of devices
+    temporaries: float  # GiB at most: found, and a tenth
+
+
+CASES = {
+    "7B on v5e": Case((3584, 18_944, 28, 28, 4), "v5e:4x4", {"fsdp": 4, "context": 4}, 5.5),
+    "72B on v5p": Case((8192, 29_568, 80, 64, 8), "v5p:4x8x8", {"fsdp": 64, "context": 4}, 11.9),
+}
+
+
+class Found(NamedTuple):
+    case: Case
+    c: Config
+    step: Compiled
+
+
+@pytest.fixture(scope="module", params=CASES)
+def found(request: pytest.FixtureRequest) -> Found:
+    kernels.require("libtpu")
+    kernels.require("tokamax")
+    case = CASES[request.param]
+    embed, mlp, layers, heads, kv_heads = case.shape
+    sizes = {"hidden_size": embed, "intermediate_size": mlp, "num_hidden_layers": layers, "vocab_size": 152_064}
+    of_heads = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": 128}
+    c = tiny.config("qwen2", **sizes, **of_heads, max_position_embeddings=T)
+    mesh = MeshConfig(**case.sizes)
+    config = TrainConfig(
+        workdir=Path("run"), model=Path("model"), row_tokens=T, batch_rows=case.sizes["fsdp"], mesh=mesh
+    )
+    devices = ahead.devices(hardware.parse(case.hardware))
+    return Found(case, c, ahead.compile_step(config, c, mesh.build(devices)))
+
+
+def test_fits_with_room_to_spare(found: Found):
+    case, c, step = found
+    shards = case.sizes["fsdp"] * case.sizes["context"]
+    parameters = weights.count(decoder.template(c))
+    assert step.memory.weights == pytest.approx(4 * parameters / shards, rel=1e-3)
+    assert step.memory.optimizer == pytest.approx(8 * parameters / shards, rel=1e-3)
+    assert step.memory.saved == 2 * c.layers * T // case.sizes["context"] * c.embed, "each layer's input"
+    assert step.memory.temporaries < case.temporaries * GIB
+    assert step.memory.total < 0.92 * hardware.parse(case.hardware).device_memory
+    assert step.memory.host == 0
+
+
+def test_weights_are_gathered_by_layer_and_gradients_scattered(found: Found):
+    case, c, step = found
+    sent = {kind: [one for one in step.collectives if one.kind == kind] for kind in KINDS}
+    assert max(one.payload_bytes for one in sent["all-reduce"]) < 8 * MIB
+    mlp = 2 * c.embed * c.mlp  # bytes of one matrix of a layer's MLP in bfloat16
+    for kind, passes in (("all-gather", 2), ("reduce-scatter", 1)):  # the backward pass gathers again
+        over_fsdp = [one for one in sent[kind] if one.group == case.sizes["fsdp"] and one.times == c.layers]
+        assert sum(one.payload_bytes == pytest.approx(mlp, rel=0.05) for one in over_fsdp) == 3 * passes, kind
+    gathered = [one for one in sent["all-gather"] if one.dtype == "f32"]
+    assert sum(one.times * one.payload_bytes for one in gathered) < 8 * MIB, "weights travel in bfloat16"
