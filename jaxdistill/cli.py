@@ -18,14 +18,15 @@ from jaxdistill.errors import RunError, UserError
 
 
 class Command(NamedTuple):
-    """A command runs `main(config)` of a module, which is imported only when it is asked for."""
+    """A command runs a function of a module, which is imported only when it is asked for, with its configuration."""
 
     module: str
     config: str  # the dataclass of that module that the command takes
     summary: str
     uses_devices: bool = True
-    recipe: str = ""  # the field that takes a recipe; by default the recipe is the whole configuration
+    recipe: str | None = ""  # the field that takes a recipe, or the whole configuration; None: it takes words instead
     writes: bool = True  # in a run folder, the config's workdir
+    function: str = "main"
 
 
 COMMANDS = {
@@ -42,6 +43,12 @@ COMMANDS = {
     "export": Command("jaxdistill.export", "ExportConfig", "checkpoint -> verified Hugging Face folder"),
     "doctor": Command(
         "jaxdistill.doctor", "DoctorConfig", "what works on this machine, or at --teacher's API", writes=False
+    ),
+    "tti score": Command(
+        "jaxdistill.report.tti", "ScoreConfig", "a work's answers -> transparency", False, None, False, "score"
+    ),
+    "tti leaderboard": Command(
+        "jaxdistill.report.tti", "LeaderboardConfig", "works, most transparent first", False, None, False, "leaderboard"
     ),
 }
 
@@ -61,6 +68,8 @@ def load(command: Command, arguments: list[str], name: str) -> Any:
     """
     kind = getattr(importlib.import_module(command.module), command.config)
     program = f"jaxdistill {name}"
+    if command.recipe is None:
+        return tyro.cli(kind, args=arguments, prog=program, config=(tyro.conf.PositionalRequiredArgs,))
     if not arguments or arguments[0].startswith("-"):
         return tyro.cli(kind, args=arguments, prog=program)
     path, *overrides = arguments
@@ -98,10 +107,12 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs a command. Exit codes: 0 done, 1 failed, 2 the user's mistake."""
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help"):
-        print(_USAGE + "\n".join(f"  {name:10} {command.summary}" for name, command in COMMANDS.items()))
+        print(_USAGE + "\n".join(f"  {name:15} {command.summary}" for name, command in COMMANDS.items()))
         return
     config = None
     try:
+        if rest and f"{name} {rest[0]}" in COMMANDS:
+            name, rest = f"{name} {rest[0]}", rest[1:]
         if name not in COMMANDS:
             raise UserError(f"no command {name!r}; expected one of {', '.join(COMMANDS)}")
         command = COMMANDS[name]
@@ -111,7 +122,7 @@ def main(arguments: list[str] | None = None) -> None:
 
             runtime.start()
         with manifest.held(config.workdir) if command.writes else contextlib.nullcontext():
-            importlib.import_module(command.module).main(config)
+            getattr(importlib.import_module(command.module), command.function)(config)
     except UserError as error:
         _fail(f"{error}", 2)
     except RunError as error:

@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator
 
 from jaxdistill.evaluate.grade import Summary
+from jaxdistill.transparency.index import DIMENSIONS, Score
 
 Curve = Sequence[tuple[int, float]]  # (step of its phase, loss)
 
@@ -127,6 +128,32 @@ def inference_time_scaling(summaries: Mapping[str, Summary]) -> str:
         axes.set_ylabel("accuracy, %")
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
         return _svg(figure, "scaling", "Accuracy against average output tokens")
+
+
+def transparency(scores: Mapping[str, Score]) -> str:
+    """Points of the transparency index, one bar a work, the dimensions one after another; open points are hollow."""
+    with _axes(9.0, 1.2 + 0.4 * len(scores)) as (figure, axes):
+        names = list(scores)
+        left = [0] * len(names)
+        for i, dimension in enumerate(DIMENSIONS):
+            points = [score.by_dimension[dimension].low for score in scores.values()]
+            colour = _SERIES[i + 1]
+            axes.barh(names, points, left=left, color=colour, height=0.6, label=dimension.replace("_", " "))
+            left = [start + width for start, width in zip(left, points, strict=True)]
+        totals = [score.total for score in scores.values()]
+        open_points = [total.high - total.low for total in totals]
+        if any(open_points):
+            empty: dict[str, Any] = {"facecolor": "none", "edgecolor": _MUTED, "linestyle": ":"}
+            axes.barh(names, open_points, left=left, height=0.6, label="open", **empty)
+        for row, total in enumerate(totals):
+            axes.text(total.high + 1, row, str(total), va="center", weight="bold")
+        axes.invert_yaxis()
+        axes.set_xlim(0, 112)
+        axes.set_xticks(range(0, 101, 20))
+        axes.set_xlabel("points of 100")
+        axes.grid(visible=False, axis="y")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.35 if len(scores) < 4 else -0.18), ncols=5)
+        return _svg(figure, "transparency", "Points of the transparency index by work and dimension")
 
 
 def _plain_log_ticks(axes: Axes, which: str, pattern: str) -> None:
