@@ -44,6 +44,7 @@ COMMANDS = {
     "doctor": Command(
         "jaxdistill.doctor", "DoctorConfig", "what works on this machine, or at --teacher's API", writes=False
     ),
+    "launch": Command("jaxdistill.launch.run", "LaunchConfig", "recipe + target -> the file that starts it", False),
     "tti score": Command(
         "jaxdistill.report.tti", "ScoreConfig", "a work's answers -> transparency", False, None, False, "score"
     ),

@@ -29,7 +29,7 @@ ARRAYS = (
     ("evaluate",),
     ("train",),
     ("plan", "doctor"),
-    ("report",),
+    ("report", "launch"),
     ("demo",),
     ("cli",),
 )
