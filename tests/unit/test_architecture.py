@@ -15,6 +15,7 @@ PACKAGE = ROOT / "jaxdistill"
 # Left to right; a module imports its own layer and those to its left. Two chains share their first modules.
 TEXT = (
     ("errors", "records", "manifest", "progress", "thinking", "verify"),
+    ("lineage",),
     ("transparency",),
     ("local_teacher",),
     ("collect",),
@@ -37,7 +38,7 @@ TEXT_MODULES = frozenset(module for layer in TEXT for module in layer)
 EXTRA = {
     "evaluate": frozenset({"collect", "verify"}),
     "doctor": TEXT_MODULES,
-    "report": frozenset({"transparency"}),
+    "report": frozenset({"lineage", "transparency"}),
     "demo": TEXT_MODULES,
     "cli": TEXT_MODULES,
 }
