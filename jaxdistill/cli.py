@@ -44,9 +44,13 @@ COMMANDS = {
     "doctor": Command(
         "jaxdistill.doctor", "DoctorConfig", "what works on this machine, or at --teacher's API", writes=False
     ),
+    "report": Command("jaxdistill.report.run", "ReportConfig", "run folders -> one page about them", False, None),
     "launch": Command("jaxdistill.launch.run", "LaunchConfig", "recipe + target -> the file that starts it", False),
     "tti score": Command(
         "jaxdistill.report.tti", "ScoreConfig", "a work's answers -> transparency", False, None, False, "score"
+    ),
+    "tti run": Command(
+        "jaxdistill.report.tti", "RunConfig", "run folders -> their own score", False, None, False, "run"
     ),
     "tti leaderboard": Command(
         "jaxdistill.report.tti", "LeaderboardConfig", "works, most transparent first", False, None, False, "leaderboard"

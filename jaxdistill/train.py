@@ -227,7 +227,8 @@ class Run:
         inputs = [self.base / "config.json", *(p.examples for p in config.phases), *heldout]
         origin = {name: self.stages[0].origin[name] for name in ("model", "context")}
         how = {"attention": backends.describe(self.attention.backend), "projections": self.projections}
-        facts = {**origin, "mfu_formula": metrics.MFU_FORMULA, "peak": self.peak_source, **how}
+        devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+        facts = {**origin, "devices": devices, "mfu_formula": metrics.MFU_FORMULA, "peak": self.peak_source, **how}
         manifest.write_manifest(self.workdir, "train", inputs, {}, phases=done, **facts)
         return done
 

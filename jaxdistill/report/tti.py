@@ -1,4 +1,4 @@
-"""`jaxdistill tti score FILE` and `jaxdistill tti leaderboard`: the transparency index as tables, HTML and a plot."""
+"""`jaxdistill tti score`, `tti run` and `tti leaderboard`: the transparency index as tables, HTML and a plot."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -9,10 +9,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from jaxdistill import lineage
 from jaxdistill.errors import UserError
 from jaxdistill.report import page, plots
+from jaxdistill.report.answers import Entry
 from jaxdistill.transparency import index
-from jaxdistill.transparency.index import DIMENSIONS, Score, Work
+from jaxdistill.transparency import run as own
+from jaxdistill.transparency.index import DIMENSIONS, Score
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,51 +34,12 @@ class LeaderboardConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Row:
-    """One indicator of one work, as it is shown."""
+class RunConfig:
+    """Run folders that answer the index themselves, as far as they can."""
 
-    dimension: str
-    id: str
-    question: str
-    points: int
-    state: str
-    why: str  # evidence or reason
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Entry:
-    """One work of a leaderboard."""
-
-    work: Work
-    score: Score
-
-    @property
-    def rows(self) -> list[Row]:
-        """All 25 indicators."""
-        return [
-            Row(
-                dimension=i.dimension.replace("_", " "),
-                id=i.id,
-                question=i.question,
-                points=i.points,
-                state=_state(self, i.id),
-                why=_why(self.work, i.id),
-            )
-            for i in index.indicators().values()
-        ]
-
-
-def _state(entry: Entry, indicator: str) -> str:
-    """The verdict, or what follows from published subtotals."""
-    if answer := entry.work.answers.get(indicator):
-        return answer.verdict
-    follows = {True: "earned, as its subtotal says", False: "not earned, as its subtotal says", None: "not known"}
-    return follows[entry.score.earned[indicator]]
-
-
-def _why(work: Work, indicator: str) -> str:
-    answer = work.answers.get(indicator)
-    return "; ".join(filter(None, (*answer.evidence, answer.reason))) if answer else ""
+    runs: tuple[Path, ...]  # folders of stages, or folders that hold some
+    output: Path | None = None  # YAML to write, for a person to answer what is open
+    name: str = ""  # of the work; by default the first folder's
 
 
 def score(config: ScoreConfig) -> Score:
@@ -88,6 +52,25 @@ def score(config: ScoreConfig) -> Score:
     entry = Entry(work=work, score=index.score(work))
     show(entry)
     return entry.score
+
+
+def run(config: RunConfig) -> Entry:
+    """Prints what run folders prove of themselves, and writes it as the file of a work.
+
+    Raises:
+      UserError: as `jaxdistill.lineage.trace`, or the output is there already.
+    """
+    if not config.runs:
+        raise UserError("no run folder was given; expected one or more: jaxdistill tti run RUN...")
+    if config.output is not None and config.output.exists():
+        raise UserError(f"{config.output} is there already, perhaps with a person's answers; name another file")
+    found = own.work(lineage.trace(config.runs), config.name or config.runs[0].resolve().name)
+    entry = Entry(work=found, score=index.score(found))
+    show(entry)
+    if config.output is not None:
+        page.write_text(config.output, index.dump(found))
+        Console().print(f"{config.output}: answer what is open, then jaxdistill tti score it", soft_wrap=True)
+    return entry
 
 
 def show(entry: Entry) -> None:

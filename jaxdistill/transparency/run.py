@@ -1,4 +1,4 @@
-"""A run scores itself: each indicator is answered where the run folders prove it, and left open, with why, elsewhere."""
+"""A run scores itself: an indicator is answered where the run folders prove it, and left open elsewhere, with why."""
 
 import collections
 import json
@@ -8,12 +8,28 @@ from jaxdistill.lineage import Lineage, Stage
 from jaxdistill.records import Chain, Problem, read_jsonl
 from jaxdistill.transparency.index import Answer, Work, indicators
 
+_STAGES = {
+    "demo",
+    "collect",
+    "reformat",
+    "examples",
+    "train",
+    "evaluate",
+    "sample",
+    "export",
+    "launch",
+}  # no search, no RL
 _PUBLIC = "a run folder cannot show that something is public: give its address"
 
 
-def work(lineage: Lineage, name: str) -> Work:
-    """The answers that the run folders give; every one that they do not prove is open, for a person."""
+def work(lineage: Lineage, name: str, page: str = "") -> Work:
+    """The answers that the run folders give; every one that they do not prove is open, for a person.
+
+    Args:
+      page: the run's report, which defines the metrics; empty if there is none.
+    """
     answers = {indicator: _ANSWERS.get(indicator, _public)(lineage) for indicator in indicators()}
+    answers["metrics_defined"] = _metrics(lineage, page)
     return Work(name=name, note="Answered by its own run folders (jaxdistill tti run).", answers=answers)
 
 
@@ -34,15 +50,15 @@ def _manifest(lineage: Lineage, stage: Stage, what: str) -> str:
 
 
 def _sources(lineage: Lineage) -> Answer:
-    """Every problem that the teacher was asked, or a model was evaluated on, names its source."""
+    """Every problem that the teacher was asked names its source, and all training data comes from them."""
     evidence = []
+    if gaps := lineage.gaps(list(lineage.stages.values())):
+        return _open("; ".join(gaps[:3]))
     readers = lineage.of("collect", "reformat")
     if not readers:
         return _open("no stage here read problems: name the sources of the training data")
     for stage in readers:
         for i in stage.inputs:
-            if i.found != "same":
-                return _open(f"{i.recorded}, which {lineage.name(stage.folder)} read, is {i.found}")
             sources = collections.Counter(problem.source for problem in read_jsonl(i.path, Problem))
             if nameless := sources.pop("", 0):
                 return _open(f"{nameless} problems of {lineage.name(i.path)} have no source")
@@ -103,9 +119,11 @@ def _unused(what: str) -> Callable[[Lineage], Answer]:
         """A whole lineage leaves no room for a stage that is not in it."""
         if reason := _incomplete(lineage):
             return _open(f"whether {what} was used cannot be told: {reason}")
+        if strange := sorted({stage.command for stage in lineage.stages.values()} - _STAGES):
+            return _open(f"whether {', '.join(strange)} is {what} is for a person to say")
         names = ", ".join(dict.fromkeys(stage.command for stage in lineage.stages.values()))
-        evidence = f"the stages are {names}; none of them is {what} (what the base model and the teacher are made of is theirs)"
-        return Answer(verdict="unused", evidence=(evidence,))
+        said = f"the stages are {names}; none of them is {what} (how base model and teacher were made is not told here)"
+        return Answer(verdict="unused", evidence=(said,))
 
     return answer
 
@@ -183,13 +201,14 @@ def _of_tasks(lineage: Lineage, statement: Callable[[Mapping[str, str]], str], o
     return _disclosed(evidence) if evidence else _open("no stage here evaluated a model")
 
 
-def _metrics(lineage: Lineage) -> Answer:
-    """The definitions stand in the report of this run, which this score is a part of."""
+def _metrics(lineage: Lineage, page: str) -> Answer:
     evaluations = lineage.of("evaluate")
     if not evaluations:
         return _open("no stage here evaluated a model")
+    if not page:
+        return _open("jaxdistill report writes a page that defines every metric; publish it, or your own")
     names = sorted({stage.manifest["task"]["metric"] for stage in evaluations})
-    return _disclosed([f"report.html, section What the numbers mean: {', '.join(names)}, pass@k, maj@k, intervals"])
+    return _disclosed([f"{page}, section What the numbers mean: {', '.join(names)}, pass@k, maj@k, intervals"])
 
 
 def _custom_metrics(lineage: Lineage) -> Answer:
@@ -214,12 +233,8 @@ def _alike(lineage: Lineage) -> Answer:
         if not after or len(after) == len(stages):
             names = ", ".join(lineage.name(s.folder) for s in stages)
             return _open(f"no model from before training was evaluated in the same way as {names}")
-    return _disclosed(
-        [
-            f"{', '.join(lineage.name(s.folder) for s in stages)}: same problems by hash, prompt, grader, samples, sampling"
-            for stages in seen.values()
-        ]
-    )
+    groups = [", ".join(lineage.name(stage.folder) for stage in stages) for stages in seen.values()]
+    return _disclosed([f"{names}: same problems by hash, prompt, grader, samples and sampling" for names in groups])
 
 
 def _sampling(lineage: Lineage) -> Answer:
@@ -248,7 +263,6 @@ _ANSWERS: Mapping[str, Callable[[Lineage], Answer]] = {
     "ablations": _ablations,
     "benchmark_choice": _benchmarks,
     "granularity": _granularity,
-    "metrics_defined": _metrics,
     "custom_metrics": _custom_metrics,
     "metrics_alike": _alike,
     "sampling_conditions": _sampling,
