@@ -31,9 +31,9 @@ def pipeline(lineage: Lineage) -> str:
             x, y = places[str(folder)]
             for maker in dict.fromkeys(i.maker for i in stage.inputs if i.maker is not None):
                 start_x, start_y = places[str(maker)]
-                ends = {"xy": (x - _WIDTH / 2, y), "xytext": (start_x + _WIDTH / 2, start_y)}
+                tail, head = (start_x + _WIDTH / 2, start_y), (x - _WIDTH / 2, y)
                 arrow = {"arrowstyle": "->", "color": MUTED, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 0}
-                axes.annotate("", **ends, arrowprops=arrow, zorder=1)
+                axes.annotate("", head, tail, arrowprops=arrow, zorder=1)
             corner = (x - _WIDTH / 2, y - _HEIGHT / 2)
             axes.add_patch(Rectangle(corner, _WIDTH, _HEIGHT, facecolor=SURFACE, edgecolor=MUTED, zorder=2))
             axes.text(x, y, _label(lineage, stage), ha="center", va="center", fontsize=7, color=INK)
