@@ -81,9 +81,13 @@ def test_report_and_score_of_a_demo_reach_back_to_its_problems(run: Path, tmp_pa
     assert proved == index.indicators().keys() - opened - public
     assert verdicts["reinforcement_learning"] == "unused"
 
-    with (copy / "distilled" / "examples.jsonl").open("a") as file:
-        file.write("\n")
-    done = jaxdistill("tti", "run", str(copy), "--output", str(tmp_path / "changed.yaml"))
+    examples = run / "distilled" / "examples.jsonl"
+    whole = examples.read_bytes()
+    try:
+        examples.write_bytes(whole + b"\n")
+        done = jaxdistill("tti", "run", str(run), "--output", str(tmp_path / "changed.yaml"))
+    finally:
+        examples.write_bytes(whole)
     assert done.returncode == 0, done.stderr[-3000:]
     changed = index.load(tmp_path / "changed.yaml")
     assert changed.answers["pipeline"].verdict == "open"
