@@ -68,7 +68,7 @@ class LaunchConfig:
     nodes: int = 1  # hosts; of TPUs all hosts of all slices
     hardware: str = "h100x8"  # of one node (h100x8), or of one TPU slice (v5p-512, v5p:4x8x8); cpu for none
     name: str = ""  # of the job; by default the recipe's
-    arguments: str = ""  # after the recipe on its command line, such as "--mesh.fsdp 8"
+    arguments: str = ""  # after the recipe on its command line: --arguments="--mesh.fsdp 8", with the =
     setup: str = ""  # shell command before it on every host, such as "source .venv/bin/activate"
     hours: float = 24.0  # limit of one start; a requeued run has them again (slurm)
     grace_s: int = 300  # seconds between SIGTERM and the end, in which a checkpoint is saved

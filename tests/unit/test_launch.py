@@ -1,6 +1,7 @@
 """Launch files pass the checks of what reads them; their scripts start again what was preempted and nothing else."""
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from jaxdistill import cli
 from jaxdistill.errors import UserError
 from jaxdistill.launch import run
 from jaxdistill.launch.run import LaunchConfig, machines, render
@@ -81,7 +83,17 @@ def test_the_examples_in_launch_are_what_the_command_writes(name: str, tmp_path:
     assert path.read_text() == (ROOT / "launch" / name).read_text()
 
 
-def test_scripts_are_shell(tmp_path: Path):
+def test_the_command_line_of_the_documentation_writes_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    lines = (ROOT / "docs" / "launch.md").read_text().splitlines()
+    commands = [shlex.split(line) for line in lines if line.startswith("jaxdistill launch --target")]
+    assert [words[3] for words in commands] == ["slurm", "jobset", "tpu-vm", "xpk", "skypilot"]
+    for words in commands:
+        cli.main([*words[1:], "--workdir", str(tmp_path / words[3])])
+        assert f"wrote {tmp_path / words[3]}" in capsys.readouterr().out
+    assert "--mesh.fsdp 16" in (tmp_path / "slurm" / "slurm.sbatch").read_text()
+
+
+def test_scripts_are_shell():
     for name, text in scripts().items():
         done = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True, check=False)
         assert not done.stderr, f"{name}: {done.stderr}"
