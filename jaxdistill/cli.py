@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from jaxdistill import manifest
-from jaxdistill.errors import RunError, UserError
+from jaxdistill.errors import FAILED, MISTAKE, PREEMPTED, PreemptedError, RunError, UserError
 
 
 class Command(NamedTuple):
@@ -27,6 +27,7 @@ class Command(NamedTuple):
     recipe: str | None = ""  # the field that takes a recipe, or the whole configuration; None: it takes words instead
     writes: bool = True  # in a run folder, the config's workdir
     function: str = "main"
+    joins: bool = False  # the other processes of its job: one command on many hosts
 
 
 COMMANDS = {
@@ -34,7 +35,7 @@ COMMANDS = {
     "collect": Command("jaxdistill.collect.run", "CollectConfig", "problems -> verified chains", False),
     "reformat": Command("jaxdistill.curate.reformat", "ReformatConfig", "solutions -> reformatted examples", False),
     "examples": Command("jaxdistill.curate.examples", "ExamplesConfig", "chains -> examples to train on", False),
-    "train": Command("jaxdistill.train", "TrainConfig", "Hugging Face folder + examples -> checkpoints"),
+    "train": Command("jaxdistill.train", "TrainConfig", "Hugging Face folder + examples -> checkpoints", joins=True),
     "plan": Command(
         "jaxdistill.plan.run", "PlanConfig", "recipe + hardware -> fit, speed, cost", False, recipe="train"
     ),
@@ -109,12 +110,12 @@ def _run_recipe(path: str) -> Any:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs a command. Exit codes: 0 done, 1 failed, 2 the user's mistake."""
+    """Runs a command. Exit codes: 0 done, 1 failed, 2 the user's mistake, 75 preempted."""
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help"):
         print(_USAGE + "\n".join(f"  {name:15} {command.summary}" for name, command in COMMANDS.items()))
         return
-    config = None
+    config, leads = None, True
     try:
         if rest and f"{name} {rest[0]}" in COMMANDS:
             name, rest = f"{name} {rest[0]}", rest[1:]
@@ -125,20 +126,23 @@ def main(arguments: list[str] | None = None) -> None:
         if command.uses_devices:
             from jaxdistill import runtime  # imports jax, which the other commands do without
 
-            runtime.start()
-        with manifest.held(config.workdir) if command.writes else contextlib.nullcontext():
+            runtime.start(join=command.joins)
+            leads = runtime.leads()
+        with manifest.held(config.workdir) if command.writes and leads else contextlib.nullcontext():
             getattr(importlib.import_module(command.module), command.function)(config)
     except UserError as error:
-        _fail(f"{error}", 2)
+        _fail(f"{error}", MISTAKE)
+    except PreemptedError as error:
+        _fail(f"{error}", PREEMPTED)
     except RunError as error:
-        _fail(f"{error}", 1)
+        _fail(f"{error}", FAILED)
     except OSError as error:
         message, code = _explain(error, getattr(config, "workdir", None))
         if not message:
             raise
         _fail(message, code)
     except KeyboardInterrupt:
-        _fail("interrupted; run the same command again to go on", 1)
+        _fail("interrupted; run the same command again to go on", FAILED)
 
 
 def _fail(message: str, code: int) -> None:
@@ -151,7 +155,10 @@ def _explain(error: OSError, workdir: Path | None) -> tuple[str, int]:
     """Message and exit code for what users can mend in their file system; an empty message for all else."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         place = error.filename or workdir or "the run folder"  # a failed write does not name its file
-        return f"the disk is full: free space at {place} and run the same command again; what was written is kept", 1
+        return (
+            f"the disk is full: free space at {place} and run the same command again; what was written is kept",
+            FAILED,
+        )
     remedies = {
         FileExistsError: "there is a file where a folder is needed; move it away or choose another workdir",
         NotADirectoryError: "a part of this path is a file, not a folder; move it away or choose another workdir",
@@ -159,4 +166,4 @@ def _explain(error: OSError, workdir: Path | None) -> tuple[str, int]:
         PermissionError: "permission denied; give this user access to it or choose another path",
     }
     remedy = remedies.get(type(error))
-    return (f"{error.filename}: {remedy}", 2) if remedy and error.filename else ("", 1)
+    return (f"{error.filename}: {remedy}", MISTAKE) if remedy and error.filename else ("", FAILED)

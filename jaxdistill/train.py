@@ -16,11 +16,11 @@ import optax
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 
-from jaxdistill import hf, manifest, metrics, models, optim, sharding, weights
+from jaxdistill import hf, manifest, metrics, models, optim, runtime, sharding, weights
 from jaxdistill.checkpoint import Checkpoints, base_of, fingerprint, keep_base, load_model, newest_input
 from jaxdistill.data import chat, loader
 from jaxdistill.data.packing import Batch
-from jaxdistill.errors import UserError
+from jaxdistill.errors import PreemptedError, UserError
 from jaxdistill.models import decoder, quantized
 from jaxdistill.models.attention import Attention, backends
 from jaxdistill.models.config import Config
@@ -139,9 +139,13 @@ def check_fits(config: TrainConfig, c: Config, mesh: Mapping[str, int], device: 
 
 
 def main(config: TrainConfig) -> dict[str, Any]:
-    """Trains all phases, resuming where an earlier call stopped; returns what the manifest holds under "phases"."""
-    with jax.set_mesh(config.mesh.build()):
-        return Run(config).all_phases()
+    """Trains all phases, resuming where an earlier call stopped; returns what the manifest holds under "phases".
+
+    Raises:
+      PreemptedError: after SIGTERM, once the next step is saved.
+    """
+    with jax.set_mesh(config.mesh.build()), runtime.Preemption() as preemption:
+        return Run(config, preemption).all_phases()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,9 +165,9 @@ class _Stage:
 
 
 class Run:
-    """A training run on the current mesh."""
+    """A training run on the current mesh, in one process or in several: all compute, the first one writes and talks."""
 
-    def __init__(self, config: TrainConfig, console: Console | None = None):
+    def __init__(self, config: TrainConfig, preemption: runtime.Preemption, console: Console | None = None):
         self.config = config
         self.workdir = config.workdir
         self.base, self.c = read_architecture(config)
@@ -175,7 +179,8 @@ class Run:
         self.template = decoder.template(self.c)
         check_memory(config.step, {memory.kind for memory in jax.local_devices()[0].addressable_memories()})
         self.tokenizer = chat.load_tokenizer(self.base)
-        self.console = console or Console(stderr=True)
+        self.preemption, self.leads = preemption, runtime.leads()
+        self.console = console or Console(stderr=True, quiet=not self.leads)
         if device.platform == "tpu" and (warning := sharding.narrow_parts(self.c.sizes(), sizes)):
             self.console.print(f"[yellow]{warning}[/yellow]")
         self.peak, self.peak_source = metrics.peak_flops(jnp.dtype(config.step.compute_dtype))
@@ -190,7 +195,8 @@ class Run:
         self.heldout_loss = make_heldout_loss(config.step, self.attention, self.c)
 
     def _prepare(self, path: Path) -> loader.PackedSet:
-        return loader.prepare(path, self.tokenizer, self.config.row_tokens, self.c.vocab, self.console.is_terminal)
+        shows = self.leads and self.console.is_terminal
+        return loader.prepare(path, self.tokenizer, self.config.row_tokens, self.c.vocab, shows)
 
     def _stages(self) -> list[_Stage]:
         """All phases, read and checked before anything is written: a mistake in the last one shows at once."""
@@ -219,30 +225,39 @@ class Run:
     def all_phases(self) -> dict[str, Any]:
         """Runs what is left of each phase in turn."""
         config, model, done = self.config, self.config.model, {}
-        manifest.write_config(self.workdir, config)
+        runtime.meet("all inputs are checked")  # and nothing is written before
+        if self.leads:
+            manifest.write_config(self.workdir, config)
         for stage in self.stages:
             done[stage.name] = self.one_phase(stage, model)
             model = stage.folder
+        if self.leads:
+            self._write_manifest(done)
+        runtime.meet("all is written")
+        return done
+
+    def _write_manifest(self, phases: Mapping[str, Any]) -> None:
+        config = self.config
         heldout = [config.heldout] if config.heldout else []
         inputs = [self.base / "config.json", *(p.examples for p in config.phases), *heldout]
         origin = {name: self.stages[0].origin[name] for name in ("model", "context")}
         how = {"attention": backends.describe(self.attention.backend), "projections": self.projections}
         devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         facts = {**origin, "devices": devices, "mfu_formula": metrics.MFU_FORMULA, "peak": self.peak_source, **how}
-        manifest.write_manifest(self.workdir, "train", inputs, {}, phases=done, **facts)
-        return done
+        manifest.write_manifest(self.workdir, "train", inputs, {}, phases=phases, **facts)
 
     def one_phase(self, stage: _Stage, model: Path) -> dict[str, Any]:
         """Trains one phase from `model` to its last step, or from its newest checkpoint."""
         config, rows, folder = self.config, stage.rows, stage.folder
-        loader.write_receipts(folder / "dropped.jsonl", rows.dropped)
-        if self.heldout is not None:
-            loader.write_receipts(folder / "heldout_dropped.jsonl", self.heldout.dropped)
-        keep_base(self.base, folder, config.context)
+        if self.leads:
+            loader.write_receipts(folder / "dropped.jsonl", rows.dropped)
+            if self.heldout is not None:
+                loader.write_receipts(folder / "heldout_dropped.jsonl", self.heldout.dropped)
+            keep_base(self.base, folder, config.context)
         checkpoints = Checkpoints(folder, config.keep)
         epochs = math.ceil(stage.steps * config.batch_rows / len(rows))
         batches = loader.batches(rows, config.batch_rows, epochs, config.seed, config.deal_window)
-        log = metrics.MetricsLog(folder)
+        log = metrics.MetricsLog(folder, self.leads)
         try:
             state = self._start(stage, checkpoints, batches, model, log)
             self._describe(stage, int(state.step))
@@ -326,10 +341,13 @@ class Run:
                     sharding.check_replicas(placed, "batch")
                 state, values = train_step(state, placed)
                 steps_log.add(number, values, self._facts(batch), ids)
-                if number % config.save_every == 0 or number == steps:
+                preempted = self.preemption.reached()
+                if number % config.save_every == 0 or number == steps or preempted:
                     steps_log.settle()  # a state is saved only after its loss was seen to be finite
                     place_in_input = {"position": batches.get_state(), "origin": stage.origin}
                     checkpoints.save(number, state, {**place_in_input, "result": state.result_name})
+                if preempted:
+                    raise PreemptedError(f"preempted: step {number} of {stage.name} is saved; run it again to go on")
         return state
 
     def _facts(self, batch: Batch) -> dict[str, float]:

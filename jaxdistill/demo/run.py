@@ -99,6 +99,7 @@ class Demo:
         summaries = self._evaluate(heldout_file)
         self._say("5  Hugging Face export, reloaded")
         error = export.main(export.ExportConfig(workdir=self.workdir / "export", model=self._phase(_DISTILLED)))
+        assert error is not None, "it is verified"
         return self._report(collected, trained, summaries, error)
 
     def _say(self, text: str) -> None:

@@ -11,13 +11,12 @@ import jinja2
 from rich.console import Console
 
 from jaxdistill import manifest
-from jaxdistill.errors import UserError
+from jaxdistill.errors import MISTAKE, PREEMPTED, UserError
 from jaxdistill.plan import hardware
 from jaxdistill.plan.hardware import Hardware
 
 Target = Literal["slurm", "jobset", "tpu-vm", "xpk", "skypilot"]
 
-MISTAKE, PREEMPTED = 2, 75  # exit codes: starting again would not help; start again, a checkpoint was saved
 PORT = 8476  # of the coordinator, process 0; jax's own default on Cloud TPUs
 _TPU_HOST_CHIPS = 4
 _ONE_HOST_CHIPS = {"v5e": 8, "v6e": 8}  # slices up to this size can be one host

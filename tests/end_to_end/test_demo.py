@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from huggingface_hub import ModelCard
 
 from jaxdistill.local_teacher.server import TeacherOptions, running_teacher
 from jaxdistill.transparency import index
@@ -93,6 +94,17 @@ def test_report_and_score_of_a_demo_reach_back_to_its_problems(run: Path, tmp_pa
     assert changed.answers["pipeline"].verdict == "open"
     assert "examples.jsonl, which is changed" in changed.answers["pipeline"].reason
     assert changed.answers["search_algorithm"].verdict == "open"
+
+
+def test_the_exports_card_says_what_it_was_trained_on(run: Path) -> None:
+    card = ModelCard.load(run / "export" / "README.md")
+    manifest = json.loads((run / "train" / "manifest.json").read_text())
+    assert card.data.to_dict()["library_name"] == "transformers"
+    assert manifest["model"] in card.text
+    for name, phase in manifest["phases"].items():
+        assert f"| {name} | {phase['steps']} | {phase['examples']} |" in card.text
+    for found in manifest["inputs"].values():
+        assert found in card.text
 
 
 def test_export_loads_in_transformers_with_the_same_logits(run: Path) -> None:

@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 import tiny
 
-from jaxdistill import hf, metrics, optim, train, weights
+from jaxdistill import hf, metrics, optim, runtime, train, weights
 from jaxdistill.checkpoint import load_model
 from jaxdistill.data import chat
 from jaxdistill.errors import UserError
@@ -173,7 +173,7 @@ def test_documents_longer_than_a_row_leave_a_receipt(tmp_path: Path, model: Path
 def test_attention_plans_for_the_documents_of_the_fullest_row(tmp_path: Path, model: Path, examples: Path):
     config = small(tmp_path / "run", model, examples)
     with jax.set_mesh(config.mesh.build()):
-        run = train.Run(config)
+        run = train.Run(config, runtime.Preemption())
     fullest = max(row.segments.max() for row, _ in (run.stages[0].rows[i] for i in range(len(run.stages[0].rows))))
     assert run.attention.segments == fullest + 1, "one more for the padding"
 
