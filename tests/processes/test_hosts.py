@@ -71,13 +71,20 @@ class Job:
         return "\n".join(path.read_text(errors="replace") for path in self.files)
 
 
+def write_recipe(folder: Path) -> Path:
+    """A model, examples, and the recipe that trains on them."""
+    tiny.write_folder(folder / "hf", HF, tiny.values(C), C, with_tokenizer=True)
+    tiny.write_examples(folder / "examples.jsonl", 24)
+    path = folder / "recipe.py"
+    path.write_text(RECIPE.format(here=folder, steps=STEPS))
+    return path
+
+
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, examples and a recipe, and the run that one process made without interruption in `whole`."""
     folder = tmp_path_factory.mktemp("hosts")
-    tiny.write_folder(folder / "hf", HF, tiny.values(C), C, with_tokenizer=True)
-    tiny.write_examples(folder / "examples.jsonl", 24)
-    (folder / "recipe.py").write_text(RECIPE.format(here=folder, steps=STEPS))
+    write_recipe(folder)
     job = Job(folder, folder / "whole", 1)
     assert job.wait() == [0], job.log()
     return folder
