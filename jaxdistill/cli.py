@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import importlib
 import runpy
 import sys
@@ -30,6 +31,8 @@ class Command(NamedTuple):
     joins: bool = False  # the other processes of its job: one command on many hosts
 
 
+_tti = functools.partial(Command, "jaxdistill.report.tti", uses_devices=False, recipe=None, writes=False)
+
 COMMANDS = {
     "demo": Command("jaxdistill.demo.run", "DemoConfig", "the whole chain on this machine, offline, with a report"),
     "collect": Command("jaxdistill.collect.run", "CollectConfig", "problems -> verified chains", False),
@@ -45,17 +48,13 @@ COMMANDS = {
     "doctor": Command(
         "jaxdistill.doctor", "DoctorConfig", "what works on this machine, or at --teacher's API", writes=False
     ),
-    "report": Command("jaxdistill.report.run", "ReportConfig", "run folders -> one page about them", False, None),
+    "report": Command(
+        "jaxdistill.report.run", "ReportConfig", "run folders -> one page about them", False, recipe=None
+    ),
     "launch": Command("jaxdistill.launch.run", "LaunchConfig", "recipe + target -> the file that starts it", False),
-    "tti score": Command(
-        "jaxdistill.report.tti", "ScoreConfig", "a work's answers -> transparency", False, None, False, "score"
-    ),
-    "tti run": Command(
-        "jaxdistill.report.tti", "RunConfig", "run folders -> their own score", False, None, False, "run"
-    ),
-    "tti leaderboard": Command(
-        "jaxdistill.report.tti", "LeaderboardConfig", "works, most transparent first", False, None, False, "leaderboard"
-    ),
+    "tti score": _tti("ScoreConfig", "a work's answers -> transparency", function="score"),
+    "tti run": _tti("RunConfig", "run folders -> their own score", function="run"),
+    "tti leaderboard": _tti("LeaderboardConfig", "works, most transparent first", function="leaderboard"),
 }
 
 _USAGE = """usage: jaxdistill COMMAND [RECIPE.py] [--field value ...]

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -88,10 +88,11 @@ class Lineage:
                 return str(path.relative_to(root))
         return str(path)
 
-    def gaps(self, stages: Sequence[Stage]) -> list[str]:
+    @property
+    def gaps(self) -> list[str]:
         """Where the way back ends too early: inputs that are not what was read, and examples that no stage made."""
         found = []
-        for stage in stages:
+        for stage in self.stages.values():
             where = self.name(stage.folder)
             for i in stage.inputs:
                 if i.found != "same":
@@ -157,7 +158,7 @@ def _in_order(stages: Mapping[Path, Stage]) -> Iterator[Path]:
         yield from visit(folder)
 
 
-def _stage(folder: Path, roots: tuple[Path, ...], fingerprint: Any) -> Stage:
+def _stage(folder: Path, roots: tuple[Path, ...], fingerprint: Callable[[Path], Any]) -> Stage:
     values = _read(folder / "manifest.json")
     inputs = [_input(name, recorded, folder, roots, fingerprint) for name, recorded in values["inputs"].items()]
     weights = values.get("model")
@@ -166,7 +167,9 @@ def _stage(folder: Path, roots: tuple[Path, ...], fingerprint: Any) -> Stage:
     return Stage(folder=folder, manifest=values, inputs=tuple(inputs))
 
 
-def _input(name: str, recorded: Any, folder: Path, roots: tuple[Path, ...], fingerprint: Any) -> Input:
+def _input(
+    name: str, recorded: Any, folder: Path, roots: tuple[Path, ...], fingerprint: Callable[[Path], Any]
+) -> Input:
     there = [path for path in _places(Path(name), folder, roots) if path.exists()]
     same = next((path for path in there if fingerprint(path) == recorded), None)
     path = same or (there[0] if there else Path(name))

@@ -8,17 +8,8 @@ from jaxdistill.lineage import Lineage, Stage
 from jaxdistill.records import Chain, Problem, read_jsonl
 from jaxdistill.transparency.index import Answer, Work, indicators
 
-_STAGES = {
-    "demo",
-    "collect",
-    "reformat",
-    "examples",
-    "train",
-    "evaluate",
-    "sample",
-    "export",
-    "launch",
-}  # no search, no RL
+# Commands as manifests name them, of which none searches and none is reinforcement learning
+STAGES = frozenset({"demo", "collect", "reformat", "examples", "train", "evaluate", "sample", "export", "launch"})
 _PUBLIC = "a run folder cannot show that something is public: give its address"
 
 
@@ -52,7 +43,7 @@ def _manifest(lineage: Lineage, stage: Stage, what: str) -> str:
 def _sources(lineage: Lineage) -> Answer:
     """Every problem that the teacher was asked names its source, and all training data comes from them."""
     evidence = []
-    if gaps := lineage.gaps(list(lineage.stages.values())):
+    if gaps := lineage.gaps:
         return _open("; ".join(gaps[:3]))
     readers = lineage.of("collect", "reformat")
     if not readers:
@@ -119,7 +110,7 @@ def _unused(what: str) -> Callable[[Lineage], Answer]:
         """A whole lineage leaves no room for a stage that is not in it."""
         if reason := _incomplete(lineage):
             return _open(f"whether {what} was used cannot be told: {reason}")
-        if strange := sorted({stage.command for stage in lineage.stages.values()} - _STAGES):
+        if strange := sorted({stage.command for stage in lineage.stages.values()} - STAGES):
             return _open(f"whether {', '.join(strange)} is {what} is for a person to say")
         names = ", ".join(dict.fromkeys(stage.command for stage in lineage.stages.values()))
         said = f"the stages are {names}; none of them is {what} (how base model and teacher were made is not told here)"
@@ -136,7 +127,7 @@ def _incomplete(lineage: Lineage) -> str:
             break
     else:
         return "no evaluation here is of a model that was trained here"
-    return "; ".join(lineage.gaps(list(lineage.stages.values()))[:3])
+    return "; ".join(lineage.gaps[:3])
 
 
 def _long_thought(lineage: Lineage) -> Answer:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxdistill import lineage, manifest
+from jaxdistill import cli, lineage, manifest
 from jaxdistill.curate.examples import ExamplesConfig, main
 from jaxdistill.errors import UserError
 from jaxdistill.local_teacher.problems import generate
@@ -56,7 +56,7 @@ def test_a_stage_leads_back_to_all_that_it_stands_on(runs: Path):
     assert last.inputs[0].maker == runs / "chains"
     assert found.of("collect")[0].cost_usd == 0.75
     assert found.of("collect")[0].counts == {"verified": 3, "wrong": 0}
-    assert found.gaps(list(found.stages.values())) == []
+    assert found.gaps == []
 
 
 def test_a_changed_and_a_missing_input_are_gaps(runs: Path):
@@ -64,7 +64,7 @@ def test_a_changed_and_a_missing_input_are_gaps(runs: Path):
         file.write("\n")
     (runs / "problems.jsonl").unlink()
     found = lineage.trace([runs])
-    gaps = found.gaps(list(found.stages.values()))
+    gaps = found.gaps
     assert len(gaps) == 2
     assert "problems.jsonl, which is missing" in gaps[0]
     assert "chains.jsonl, which is changed" in gaps[1]
@@ -106,7 +106,7 @@ def test_examples_that_no_stage_wrote_are_a_gap(runs: Path, tmp_path: Path):
     shutil.copy(runs / "chains" / "chains.jsonl", alone)
     main(ExamplesConfig(chains=alone, workdir=tmp_path / "alone"))
     found = lineage.trace([tmp_path / "alone"])
-    assert found.gaps(list(found.stages.values())) == [f"alone read {alone}, which no stage wrote"]
+    assert found.gaps == [f"alone read {alone}, which no stage wrote"]
 
 
 def test_a_folder_without_a_manifest_is_refused_and_other_tools_manifests_are_passed_over(tmp_path: Path):
@@ -131,6 +131,13 @@ def test_a_chain_that_was_not_verified_earns_nothing(runs: Path):
     answer = own.work(lineage.trace([runs / "chains"]), "mine").answers["synthetic_generation"]
     assert answer.verdict == "open"
     assert "not found correct" in answer.reason
+
+
+def test_every_command_that_leaves_a_manifest_was_judged():
+    """A new one is added to STAGES if it is no search and no reinforcement learning, else to the answers about them."""
+    without_manifest = {"plan", "report"}
+    writing = {name.split()[-1] for name, command in cli.COMMANDS.items() if command.writes}
+    assert writing - without_manifest == own.STAGES
 
 
 def test_an_unknown_stage_may_be_a_search(runs: Path):
