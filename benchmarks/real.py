@@ -124,6 +124,7 @@ def main() -> None:
     history.keep()
     after = score(run, "after", trained)
     error = export.main(export.ExportConfig(workdir=run / "export", model=trained))
+    assert error is not None, "it is verified"
     history.keep()
     pairs = {task: paired(run, task) for task in TASKS}
     write(counts, phases, metrics.read(trained), before, after, pairs, error, history)

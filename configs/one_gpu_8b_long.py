@@ -14,7 +14,7 @@ from pathlib import Path
 
 from jaxdistill.models.context import ContextExtension
 from jaxdistill.optim import OptimConfig
-from jaxdistill.train import Phase, TrainConfig
+from jaxdistill.train_config import Phase, TrainConfig
 from jaxdistill.train_step import StepConfig
 
 

@@ -3,7 +3,7 @@
     jaxdistill train configs/paper_math72b.py
     jaxdistill plan configs/paper_math72b.py --hardware v5p:4x8x8
 
-Hardware: 256 TPU v5p chips (Google's v5p-512); planned, never run: 36.5 GiB of 95, MFU 53%. Qwen2.5-Math has 4,096
+Hardware: 256 TPU v5p chips (Google's v5p-512); planned, never run: 24.0 GiB of 95, MFU 53%. Qwen2.5-Math has 4,096
 positions and the paper's answers average 8,016 tokens, so the context is extended to 32,768 with the RoPE base that
 Qwen2.5 uses for that length. The inputs are what `jaxdistill refine reformat`, `jaxdistill collect` and `jaxdistill
 examples` write. The paper gives neither learning rate nor epochs: these follow common practice.
@@ -14,7 +14,7 @@ from pathlib import Path
 from jaxdistill.models.context import ContextExtension
 from jaxdistill.optim import OptimConfig
 from jaxdistill.sharding import MeshConfig
-from jaxdistill.train import Phase, TrainConfig
+from jaxdistill.train_config import Phase, TrainConfig
 
 OPTIM = OptimConfig(peak_lr=1e-5, weight_decay=0.1)
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -20,7 +19,6 @@ from jaxdistill.models.config import Config
 from jaxdistill.models.context import ContextExtension
 
 _FOLDER = "checkpoints"
-_EDGE_BYTES = 1 << 18  # read of each end of a file for a fingerprint
 _BASE = "base"  # config and tokenizer of the model trained from, so that a checkpoint stands by itself
 
 
@@ -114,17 +112,13 @@ def base_of(model: Path) -> Path:
 
 
 def fingerprint(model: Path, step: int | None = None) -> str:
-    """Names the weights that `load_model` reads, without reading all of them; begins with the step where there is one.
-
-    A digest of config.json and of the files' names, sizes, first and last bytes: a copy of a model is the same model,
-    and training changes every part of every file.
+    """Names the weights that `load_model` reads (manifest.weights_fingerprint), after the step where there is one.
 
     Raises:
       UserError: as `load_model`.
     """
     base = base_of(model)
     hf.read_config(base)
-    digest = hashlib.sha256((base / "config.json").read_bytes())
     if (model / _FOLDER).is_dir():
         with ocp.CheckpointManager((model / _FOLDER).absolute()) as manager:
             step = _whole_step(manager, model, step)
@@ -132,14 +126,7 @@ def fingerprint(model: Path, step: int | None = None) -> str:
         files = sorted(path for path in folder.rglob("*") if path.is_file())
     else:
         folder, prefix, files = model, "", sorted(model.glob("*.safetensors"))
-    for path in files:
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder)}\0{size}\n".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(_EDGE_BYTES))
-            file.seek(max(0, size - _EDGE_BYTES))
-            digest.update(file.read())
-    return f"{prefix}sha256:{digest.hexdigest()}"
+    return prefix + manifest.weights_fingerprint(base / "config.json", folder, files)
 
 
 def _whole_step(manager: ocp.CheckpointManager, model: Path, step: int | None) -> int:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import importlib
 import runpy
 import sys
@@ -14,19 +15,23 @@ from rich.console import Console
 from rich.text import Text
 
 from jaxdistill import manifest
-from jaxdistill.errors import RunError, UserError
+from jaxdistill.errors import FAILED, MISTAKE, PREEMPTED, PreemptedError, RunError, UserError
 
 
 class Command(NamedTuple):
-    """A command runs `main(config)` of a module, which is imported only when it is asked for."""
+    """A command runs a function of a module, which is imported only when it is asked for, with its configuration."""
 
     module: str
     config: str  # the dataclass of that module that the command takes
     summary: str
     uses_devices: bool = True
-    recipe: str = ""  # the field that takes a recipe; by default the recipe is the whole configuration
+    recipe: str | None = ""  # the field that takes a recipe, or the whole configuration; None: it takes words instead
     writes: bool = True  # in a run folder, the config's workdir
+    function: str = "main"
+    joins: bool = False  # the other processes of its job: one command on many hosts
 
+
+_tti = functools.partial(Command, "jaxdistill.report.tti", uses_devices=False, recipe=None, writes=False)
 
 COMMANDS = {
     "demo": Command("jaxdistill.demo.run", "DemoConfig", "the whole chain on this machine, offline, with a report"),
@@ -46,7 +51,7 @@ COMMANDS = {
     ),
     "refine mix": Command("jaxdistill.curate.mix", "MixConfig", "sets of examples -> one, shuffled", False),
     "examples": Command("jaxdistill.curate.examples", "ExamplesConfig", "chains -> examples to train on", False),
-    "train": Command("jaxdistill.train", "TrainConfig", "Hugging Face folder + examples -> checkpoints"),
+    "train": Command("jaxdistill.train", "TrainConfig", "Hugging Face folder + examples -> checkpoints", joins=True),
     "plan": Command(
         "jaxdistill.plan.run", "PlanConfig", "recipe + hardware -> fit, speed, cost", False, recipe="train"
     ),
@@ -56,6 +61,13 @@ COMMANDS = {
     "doctor": Command(
         "jaxdistill.doctor", "DoctorConfig", "what works on this machine, or at --teacher's API", writes=False
     ),
+    "report": Command(
+        "jaxdistill.report.run", "ReportConfig", "run folders -> one page about them", False, recipe=None
+    ),
+    "launch": Command("jaxdistill.launch.run", "LaunchConfig", "recipe + target -> the file that starts it", False),
+    "tti score": _tti("ScoreConfig", "a work's answers -> transparency", function="score"),
+    "tti run": _tti("RunConfig", "run folders -> their own score", function="run"),
+    "tti leaderboard": _tti("LeaderboardConfig", "works, most transparent first", function="leaderboard"),
 }
 
 _USAGE = """usage: jaxdistill COMMAND [RECIPE.py] [--field value ...]
@@ -74,6 +86,8 @@ def load(command: Command, arguments: list[str], name: str) -> Any:
     """
     kind = getattr(importlib.import_module(command.module), command.config)
     program = f"jaxdistill {name}"
+    if command.recipe is None:
+        return tyro.cli(kind, args=arguments, prog=program, config=(tyro.conf.PositionalRequiredArgs,))
     if not arguments or arguments[0].startswith("-"):
         return tyro.cli(kind, args=arguments, prog=program)
     path, *overrides = arguments
@@ -108,12 +122,12 @@ def _run_recipe(path: str) -> Any:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs a command. Exit codes: 0 done, 1 failed, 2 the user's mistake."""
+    """Runs a command. Exit codes: 0 done, 1 failed, 2 the user's mistake, 75 preempted."""
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help"):
         print(_USAGE + "\n".join(f"  {name:16} {command.summary}" for name, command in COMMANDS.items()))
         return
-    config = None
+    config, leads = None, True
     try:
         if rest and f"{name} {rest[0]}" in COMMANDS:  # refine has methods
             name, rest = f"{name} {rest[0]}", rest[1:]
@@ -124,20 +138,23 @@ def main(arguments: list[str] | None = None) -> None:
         if command.uses_devices:
             from jaxdistill import runtime  # imports jax, which the other commands do without
 
-            runtime.start()
-        with manifest.held(config.workdir) if command.writes else contextlib.nullcontext():
-            importlib.import_module(command.module).main(config)
+            runtime.start(join=command.joins)
+            leads = runtime.leads()
+        with manifest.held(config.workdir) if command.writes and leads else contextlib.nullcontext():
+            getattr(importlib.import_module(command.module), command.function)(config)
     except UserError as error:
-        _fail(f"{error}", 2)
+        _fail(f"{error}", MISTAKE)
+    except PreemptedError as error:
+        _fail(f"{error}", PREEMPTED)
     except RunError as error:
-        _fail(f"{error}", 1)
+        _fail(f"{error}", FAILED)
     except OSError as error:
         message, code = _explain(error, getattr(config, "workdir", None))
         if not message:
             raise
         _fail(message, code)
     except KeyboardInterrupt:
-        _fail("interrupted; run the same command again to go on", 1)
+        _fail("interrupted; run the same command again to go on", FAILED)
 
 
 def _fail(message: str, code: int) -> None:
@@ -150,7 +167,10 @@ def _explain(error: OSError, workdir: Path | None) -> tuple[str, int]:
     """Message and exit code for what users can mend in their file system; an empty message for all else."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         place = error.filename or workdir or "the run folder"  # a failed write does not name its file
-        return f"the disk is full: free space at {place} and run the same command again; what was written is kept", 1
+        return (
+            f"the disk is full: free space at {place} and run the same command again; what was written is kept",
+            FAILED,
+        )
     remedies = {
         FileExistsError: "there is a file where a folder is needed; move it away or choose another workdir",
         NotADirectoryError: "a part of this path is a file, not a folder; move it away or choose another workdir",
@@ -158,4 +178,4 @@ def _explain(error: OSError, workdir: Path | None) -> tuple[str, int]:
         PermissionError: "permission denied; give this user access to it or choose another path",
     }
     remedy = remedies.get(type(error))
-    return (f"{error.filename}: {remedy}", 2) if remedy and error.filename else ("", 1)
+    return (f"{error.filename}: {remedy}", MISTAKE) if remedy and error.filename else ("", FAILED)

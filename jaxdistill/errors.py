@@ -1,8 +1,10 @@
-"""What ends a command with one message instead of a traceback; cli.py turns them into exit codes 2 and 1."""
+"""What ends a command with one message instead of a traceback, and the exit codes that cli.py makes of it."""
 
 import errno
 import os
 from pathlib import Path
+
+FAILED, MISTAKE, PREEMPTED = 1, 2, 75  # exit codes; what launches a run starts it again on the first and the last
 
 
 class UserError(ValueError):
@@ -11,6 +13,10 @@ class UserError(ValueError):
 
 class RunError(RuntimeError):
     """A run that cannot go on although the input was well-formed: the message says what happened and what to do."""
+
+
+class PreemptedError(RunError):
+    """The machines are about to be taken away; everything is saved, and the same command goes on from there."""
 
 
 def disk_full(place: Path) -> OSError:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import jinja2
 import numpy as np
 from jaxtyping import Array
 from rich.console import Console
@@ -18,6 +19,7 @@ from jaxdistill.models import decoder
 from jaxdistill.models.config import Config
 from jaxdistill.sharding import MeshConfig
 
+_CARD = Path(__file__).with_name("model_card.md.jinja")
 _LOGIT_LIMIT = 1e-4  # of the largest logit, where the export does not round; rounding has its own error
 
 
@@ -29,12 +31,13 @@ class ExportConfig:
     model: Path  # a phase folder of a training run, or a Hugging Face folder
     step: int | None = None  # checkpoint of the phase; the newest by default
     dtype: str | None = None  # of the tensors, "float32" or "bfloat16"; by default as in the model trained from
+    verify: bool = True  # reload it and compare; needs memory for a second copy of the weights
     verify_tokens: int = 256  # positions of the logits check
     mesh: MeshConfig = MeshConfig()
 
 
-def main(config: ExportConfig) -> float:
-    """Exports and verifies; returns the largest logit difference over the largest logit.
+def main(config: ExportConfig) -> float | None:
+    """Exports and verifies; returns the largest logit difference over the largest logit, None if it was not looked at.
 
     Raises:
       UserError: the target would overwrite its own source, or a folder that is no export.
@@ -53,12 +56,34 @@ def main(config: ExportConfig) -> float:
         hf.save(folder, params, hf.read_config(base_of(model))[1], config.dtype)
         hf.copy_companions(base_of(model), folder)
         hf.write_end_tokens(folder, chat.end_tokens(chat.load_tokenizer(folder), folder))
-        error = verify(folder, params, c, config.verify_tokens)
+        error = verify(folder, params, c, config.verify_tokens) if config.verify else None
+    found = "not verified" if error is None else f"reloaded: tensors equal, logits within {error:.1e} of the largest"
+    card = model_card(folder.resolve().name, model, facts["model"], found)
+    (folder / "README.md").write_text(card, encoding="utf-8")
     files = [p for p in folder.iterdir() if p.name != "manifest.json"]
-    manifest.write_manifest(folder, "export", inputs, {"files": len(files)}, verified=True, logit_error=error, **facts)
-    console = Console(stderr=True, markup=False)
-    console.print(f"exported {model} to {folder}; reloaded: tensors equal, logits within {error:.1e} of the largest")
+    seen = {"verified": error is not None, "logit_error": error}
+    manifest.write_manifest(folder, "export", inputs, {"files": len(files)}, **seen, **facts)
+    Console(stderr=True, markup=False).print(f"exported {model} to {folder}; {found}")
     return error
+
+
+def model_card(name: str, model: Path, weights: str, found: str) -> str:
+    """The README.md of an export: what it was trained from and on, as the run's manifest says, and how it was checked.
+
+    Args:
+      weights: fingerprint of those that were exported.
+      found: what became of the check.
+    """
+    path = model.parent / "manifest.json"
+    run = json.loads(path.read_bytes()) if base_of(model) != model and path.is_file() else None
+    template = jinja2.Template(
+        _CARD.read_text(encoding="utf-8"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
+    values = {"name": name, "phase": model.name, "weights": weights, "found": found, "run": run}
+    return template.render(commit=manifest.commit(), **values)
 
 
 def _check_target(folder: Path) -> None:

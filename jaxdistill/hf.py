@@ -1,6 +1,7 @@
 """Hugging Face folders: config.json and safetensors, read into sharded weights and written back bit for bit."""
 
 import contextlib
+import functools
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
 from einops import rearrange
+from jaxtyping import Int
 
 from jaxdistill import models, sharding, weights
 from jaxdistill.errors import UserError
@@ -118,7 +121,7 @@ def _names(w: weights.Declared) -> list[str]:
 
 
 def load(folder: Path, dtype: Any = np.float32) -> tuple[decoder.Params, Config]:
-    """Reads a model in storage layout on the current mesh, one weight of all layers at a time.
+    """Reads a model in storage layout on the current mesh; the host holds one tensor of one layer at a time.
 
     Args:
       dtype: of the weights in memory; float32 holds bfloat16 and float16 checkpoints exactly.
@@ -132,14 +135,34 @@ def load(folder: Path, dtype: Any = np.float32) -> tuple[decoder.Params, Config]
         def one(w: weights.Declared) -> jax.Array:
             sizes = dict(zip(w.dims, w.shape, strict=True))
             axes = {letter: sizes[letter] for letter in w.layer_dims.split()}
-            layers = (rearrange(tensors[name], f"{w.hf_dims} -> {w.layer_dims}", **axes) for name in _names(w))
-            host = np.empty(w.shape, dtype)
-            for target, layer in zip(host if w.dims.startswith("L") else host[None], layers, strict=True):
-                target[...] = layer
-            layout = jax.sharding.NamedSharding(jax.sharding.get_mesh(), sharding.spec(w.dims, sharding.STORAGE))
-            return jax.make_array_from_callback(w.shape, layout, lambda index: host[index])
+            layers = (
+                sharding.put(
+                    rearrange(tensors[name], f"{w.hf_dims} -> {w.layer_dims}", **axes).astype(dtype),
+                    w.dims.removeprefix("L"),
+                    sharding.STORAGE,
+                )
+                for name in _names(w)
+            )
+            if not w.dims.startswith("L"):
+                return next(layers)
+            stacked = jnp.zeros(w.shape, dtype, out_sharding=sharding.spec(w.dims, sharding.STORAGE))
+            for i, layer in enumerate(layers):
+                stacked = _fill(stacked, layer, i)
+            return stacked
 
         return jax.tree.map(one, template, is_leaf=weights.is_declared), config
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _fill(stacked: jax.Array, layer: jax.Array, i: Int[jax.Array, ""]) -> jax.Array:
+    """The weight of all layers with one of them put in, in the same memory."""
+    return stacked.at[i].set(layer)
+
+
+@jax.jit
+def _one_layer(stacked: jax.Array, i: Int[jax.Array, ""]) -> jax.Array:
+    """One layer of a weight, on every device."""
+    return stacked.at[i].get(out_sharding=jax.P())
 
 
 def save(folder: Path, params: decoder.Params, hf: Mapping[str, Any], dtype: str | None = None) -> None:
@@ -163,12 +186,13 @@ def save(folder: Path, params: decoder.Params, hf: Mapping[str, Any], dtype: str
 
 
 def _tensors_of(params: decoder.Params, config: Config, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor under its Hugging Face name, one weight of all layers in host memory at a time."""
+    """Every tensor under its Hugging Face name, one in host memory at a time."""
     template = decoder.template(config)
     declared = jax.tree.leaves(template, is_leaf=weights.is_declared)
     for w, values in zip(declared, jax.tree.leaves(params), strict=True):
-        host = np.asarray(sharding.replicate(values)).astype(dtype)
-        for name, layer in zip(_names(w), host if w.dims.startswith("L") else host[None], strict=True):
+        stacked = w.dims.startswith("L")
+        for i, name in enumerate(_names(w)):
+            layer = np.asarray(_one_layer(values, i) if stacked else sharding.replicate(values)).astype(dtype)
             yield name, np.ascontiguousarray(rearrange(layer, f"{w.layer_dims} -> {w.hf_dims}"))
 
 

@@ -34,6 +34,7 @@ _PACKAGES = (
     "genai-prices",
     "math-verify",
 )
+_EDGE_BYTES = 1 << 18  # read of each end of a file of weights
 
 
 def file_hash(path: Path) -> str:
@@ -139,7 +140,7 @@ def write_manifest(
             "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "commit": commit(),
             "versions": versions(),
-            "inputs": {str(path): _fingerprint(path) for path in inputs},
+            "inputs": {str(path): fingerprint(path) for path in inputs},
             "counts": dict(counts),
             **facts,
         },
@@ -166,14 +167,32 @@ def cleared_of(path: Path) -> frozenset[str]:
     checked: frozenset[str] | None = None
     for name, fingerprint in record.get("inputs", {}).items():
         source = Path(name)
-        if source == path or _fingerprint(source) != fingerprint:
+        if source == path or fingerprint(source) != fingerprint:
             return frozenset()
         found = cleared_of(source)
         checked = found if checked is None else checked & found
     return checked or frozenset()
 
 
-def _fingerprint(path: Path) -> Any:
+def fingerprint(path: Path) -> Any:
+    """What a manifest says of an input: the hash of a file, the names and sizes of a folder's files, or `missing`."""
     if path.is_dir():
         return {str(p.relative_to(path)): p.stat().st_size for p in sorted(path.rglob("*")) if p.is_file()}
     return "sha256:" + file_hash(path) if path.is_file() else "missing"
+
+
+def weights_fingerprint(config: Path, folder: Path, files: Iterable[Path]) -> str:
+    """Names weights without reading all of them.
+
+    A digest of config.json and of the files' names, sizes, first and last bytes: a copy of a model is the same model,
+    and training changes every part of every file.
+    """
+    digest = hashlib.sha256(config.read_bytes())
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder)}\0{size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_EDGE_BYTES))
+            file.seek(max(0, size - _EDGE_BYTES))
+            digest.update(file.read())
+    return f"sha256:{digest.hexdigest()}"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -57,16 +58,19 @@ class MetricsLog:
 
     Rows are only ever added: a restarted run logs the steps since its checkpoint again, and the last row of a step
     is the one that counts.
+
+    Args:
+      writes: to disk; of several processes one does.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, writes: bool = True):
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "metrics.jsonl"
+        path = folder / "metrics.jsonl" if writes else Path(os.devnull)
         last = path.read_bytes()[-1:] if path.is_file() else b""
         self._lines = path.open("a", encoding="utf-8")
         if last not in (b"", b"\n"):  # the last line of a killed run; it must not swallow the next one
             self._lines.write("\n")
-        self._board = tensorboardX.SummaryWriter(str(folder / "tensorboard"))
+        self._board = tensorboardX.SummaryWriter(str(folder / "tensorboard"), write_to_disk=writes)
 
     def write(self, step: int, **values: float) -> None:
         """Logs the values of one step."""

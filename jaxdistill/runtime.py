@@ -1,18 +1,80 @@
-"""What a process does before its first array: the compilation cache."""
+"""What a process does before its first array, joining its job and finding compiled programs, and when it is to end."""
 
 import os
+import signal
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import jax
+from jax._src import cloud_tpu_init  # no public name says what this one knows before the backend starts
+from jax.experimental import multihost_utils
+
+_HEARTBEAT_S = 40  # without a sign of life from one process, the others end
+_SHUTDOWN_S = 20  # that a failing process waits for the others: they may be waiting for it
+_EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")  # of processes, as launchers say it
 
 
-def start() -> None:
+def start(join: bool = False) -> None:
     """Prepares JAX; call once, before the first array.
 
     Compiled programs are kept in ~/.cache/jaxdistill/xla (or $JAX_COMPILATION_CACHE_DIR), so that a restart does
     not compile again.
+
+    Args:
+      join: the other processes of the job, if it has any; otherwise this one is on its own.
     """
     if not jax.config.values["jax_compilation_cache_dir"]:
         base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
         jax.config.update("jax_compilation_cache_dir", str(base / "jaxdistill" / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    if join:
+        _join()
+
+
+def _join() -> None:
+    """Finds the coordinator and the other processes: by three JAX_ variables, or as jax does under a launcher."""
+    limits: dict[str, Any] = {"heartbeat_timeout_seconds": _HEARTBEAT_S, "shutdown_timeout_seconds": _SHUTDOWN_S}
+    given = [os.environ.get(name) for name in _EXPLICIT]
+    if all(given):  # jax itself reads the first of them alone
+        address, count, number = given
+        jax.distributed.initialize(address, int(count or 0), int(number or 0), **limits)
+    elif cloud_tpu_init.running_in_cloud_tpu_vm or any(int(os.environ.get(name, 1)) > 1 for name in _COUNTS):
+        jax.distributed.initialize(**limits)
+
+
+def leads() -> bool:
+    """Whether this process writes what a job writes once: its first one, or the only one."""
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def meet(where: str) -> None:
+    """Waits until every process of the job is here."""
+    if jax.distributed.is_initialized():
+        multihost_utils.sync_global_devices(where)
+
+
+class Preemption:
+    """SIGTERM: this machine, or another one of the job, is about to be taken away."""
+
+    def __init__(self):
+        self._told = False
+        self._asked = 0
+
+    def __enter__(self) -> "Preemption":
+        # Of several processes jax has a handler of its own, which tells the others as well
+        self._before = None if jax.distributed.is_initialized() else signal.signal(signal.SIGTERM, self._tell)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _tell(self, number: int, frame: FrameType | None) -> None:
+        self._told = True
+
+    def reached(self) -> bool:
+        """Whether to save and end now, the same answer in every process of the job; ask once a step."""
+        self._asked += 1  # counted here: the number of a step starts again with each phase
+        return self._told or multihost_utils.reached_preemption_sync_point(self._asked)

@@ -185,9 +185,13 @@ def row_order(length: int, shards: int) -> np.ndarray:
     return chunks[pairs.ravel()].ravel()
 
 
-def put(x: Any, dims: str) -> jax.Array:
-    """A host array on the devices of the current mesh, laid out as an activation with these letters."""
-    return jax.device_put(x, jax.sharding.NamedSharding(jax.sharding.get_mesh(), spec(dims)))
+def put(x: np.ndarray, dims: str, table: Mapping[str, MeshAxes] = COMPUTE) -> jax.Array:
+    """A host array on the devices of the current mesh, laid out by its letters: as an activation, or as `table` says.
+
+    Of several processes each hands over the parts of its own devices, wherever on the mesh those are.
+    """
+    layout = jax.sharding.NamedSharding(jax.sharding.get_mesh(), spec(dims, table))
+    return jax.make_array_from_callback(x.shape, layout, lambda index: x[index])
 
 
 def check_replicas(tree: Any, what: str) -> None:

@@ -16,21 +16,17 @@ import optax
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 
-from jaxdistill import hf, manifest, metrics, models, optim, sharding, weights
-from jaxdistill.checkpoint import Checkpoints, base_of, fingerprint, keep_base, load_model, newest_input
+from jaxdistill import manifest, metrics, optim, runtime, sharding, weights
+from jaxdistill.checkpoint import Checkpoints, fingerprint, keep_base, load_model, newest_input
 from jaxdistill.data import chat, loader
 from jaxdistill.data.packing import Batch
-from jaxdistill.errors import UserError
+from jaxdistill.errors import PreemptedError, UserError
 from jaxdistill.models import decoder, quantized
-from jaxdistill.models.attention import Attention, backends
-from jaxdistill.models.config import Config
-from jaxdistill.models.context import ContextExtension
-from jaxdistill.optim import OptimConfig
+from jaxdistill.models.attention import backends
 from jaxdistill.progress import Progress
-from jaxdistill.sharding import MeshConfig
+from jaxdistill.train_config import Phase, TrainConfig, check_decontaminated, check_fits, read_architecture
 from jaxdistill.train_step import (
     State,
-    StepConfig,
     abstract_state,
     check_memory,
     make_heldout_loss,
@@ -48,120 +44,14 @@ _COLUMNS = (
 _ESTIMATE_S = 3600.0  # seconds of steps that the time left is estimated from; rich's 30 hold not one long step
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Phase:
-    """One stretch of training with its own data, schedule and fresh optimizer state."""
-
-    name: str  # also the name of its folder
-    examples: Path  # path of a JSON Lines file of Example rows
-    epochs: int = 1  # passes over the packed rows
-    steps: int | None = None  # optimizer steps, instead of epochs
-    optim: OptimConfig = OptimConfig()
-
-    def __post_init__(self):
-        if not self.name or "/" in self.name or self.name.startswith("."):
-            raise UserError(f"a phase is named {self.name!r}; expected a name that can be a folder")
-        if self.epochs < 1 or (self.steps is not None and self.steps < 1):
-            raise UserError(f"phase {self.name}: epochs is {self.epochs} and steps {self.steps}; expected 1 or more")
-
-    def optimizer_steps(self, rows: int, batch_rows: int) -> int:
-        """Steps of this phase on so many packed rows."""
-        return self.steps or math.ceil(rows * self.epochs / batch_rows)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """A fine-tuning run: model -> phases -> checkpoints."""
-
-    workdir: Path  # run folder; run again with the same one to resume
-    model: Path  # Hugging Face folder, or a phase folder of another run
-    phases: tuple[Phase, ...] = (Phase(name="sft", examples=Path("examples.jsonl")),)  # one after another
-    context: ContextExtension | None = None  # for rows longer than the model was made for; the export has it too
-    evaluation_sets: tuple[Path, ...] = ()  # the model's tests; every example must have been checked against these
-    allow_contamination: bool = False  # train although the manifests do not say that it was
-    heldout: Path | None = None  # Example rows whose loss is measured before, between and after
-    row_tokens: int = 8192  # T, positions in a packed row
-    batch_rows: int = 8  # rows in an optimizer step, over all devices
-    deal_window: int = 16  # steps that trade rows, so that those of a step cost alike; 1 is a plain shuffle
-    mesh: MeshConfig = MeshConfig()
-    step: StepConfig = StepConfig()
-    seed: int = 0  # of the order of rows, and of noise
-    save_every: int = 100  # steps between checkpoints
-    keep: int = 2  # newest checkpoints kept of each phase
-    log_every: int = 1  # steps between rows of metrics
-
-    def __post_init__(self):
-        if not self.phases or len({p.name for p in self.phases}) < len(self.phases):
-            raise UserError(f"phases are named {[p.name for p in self.phases]}; expected at least one, all different")
-        for name in ("row_tokens", "batch_rows", "deal_window", "save_every", "keep", "log_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; expected 1 or more")
-        if self.batch_rows % self.step.accumulate:
-            raise UserError(f"batch_rows {self.batch_rows} is not a multiple of step.accumulate {self.step.accumulate}")
-
-
-def read_architecture(config: TrainConfig) -> tuple[Path, Config]:
-    """The folder with the model's config.json and tokenizer, and the architecture, its context extended if asked."""
-    base = base_of(config.model)
-    c, values = hf.read_config(base)
-    if config.context is not None:
-        c = models.family(c.model_type).config(config.context.apply(values))
-    return base, c
-
-
-def check_fits(config: TrainConfig, c: Config, mesh: Mapping[str, int], device: Any) -> Attention:
-    """Refuses rows, a model or heads that a mesh of these sizes cannot split evenly; returns how attention is computed.
-
-    Args:
-      device: one of the mesh; it may be one that a program is only compiled for.
-
-    Raises:
-      UserError: rows are longer than the model's positions, something does not come out even, or attention has no
-        backend here.
-    """
-    if config.row_tokens > c.max_positions:
-        raise UserError(
-            f"row_tokens is {config.row_tokens}, but {config.model} was made for {c.max_positions} positions "
-            "(max_position_embeddings); use shorter rows, or extend its context (--help: context)"
-        )
-    rows, ways = config.batch_rows // config.step.accumulate, mesh["data"] * mesh["fsdp"]
-    if rows % ways:
-        raise UserError(
-            f"{rows} rows at a time (batch_rows / step.accumulate) do not split over data {mesh['data']} x fsdp "
-            f"{mesh['fsdp']}; make them a multiple of {ways}"
-        )
-    chunks = 2 * mesh["context"] if mesh["context"] > 1 else 1  # sharding.row_order
-    if config.row_tokens % chunks:
-        raise UserError(f"row_tokens {config.row_tokens} is not a multiple of twice mesh.context {mesh['context']}")
-    sharding.check_divisible(c.sizes(), mesh)
-    step = config.step
-    attention = Attention(backend=backends.choose(step.attention, device.platform), context=step.context)
-    backends.check(attention, c, mesh, rows, config.row_tokens, step.compute_dtype, device)
-    return attention
-
-
-def check_decontaminated(config: TrainConfig) -> None:
-    """Refuses examples that were not checked against the evaluation sets of the configuration.
-
-    Raises:
-      UserError: a set is missing, or by the manifests an examples file did not come through `jaxdistill curate` (or
-        `refine import`) with it.
-    """
-    for held in config.evaluation_sets:
-        if not held.is_file():
-            raise UserError(f"{held}: no such file; evaluation_sets names files of evaluation problems")
-        for phase in config.phases:
-            if not config.allow_contamination and manifest.file_hash(held) not in manifest.cleared_of(phase.examples):
-                raise UserError(
-                    f"{phase.examples} was not checked against {held}, by its manifests; run `jaxdistill curate` (or "
-                    "`jaxdistill refine import`) with it among its evaluation_sets, or say --allow-contamination"
-                )
-
-
 def main(config: TrainConfig) -> dict[str, Any]:
-    """Trains all phases, resuming where an earlier call stopped; returns what the manifest holds under "phases"."""
-    with jax.set_mesh(config.mesh.build()):
-        return Run(config).all_phases()
+    """Trains all phases, resuming where an earlier call stopped; returns what the manifest holds under "phases".
+
+    Raises:
+      PreemptedError: after SIGTERM, once the next step is saved.
+    """
+    with jax.set_mesh(config.mesh.build()), runtime.Preemption() as preemption:
+        return Run(config, preemption).all_phases()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,9 +71,9 @@ class _Stage:
 
 
 class Run:
-    """A training run on the current mesh."""
+    """A training run on the current mesh, in one process or in several: all compute, the first one writes and talks."""
 
-    def __init__(self, config: TrainConfig, console: Console | None = None):
+    def __init__(self, config: TrainConfig, preemption: runtime.Preemption, console: Console | None = None):
         self.config = config
         self.workdir = config.workdir
         self.base, self.c = read_architecture(config)
@@ -195,7 +85,8 @@ class Run:
         self.template = decoder.template(self.c)
         check_memory(config.step, {memory.kind for memory in jax.local_devices()[0].addressable_memories()})
         self.tokenizer = chat.load_tokenizer(self.base)
-        self.console = console or Console(stderr=True)
+        self.preemption, self.leads = preemption, runtime.leads()
+        self.console = console or Console(stderr=True, quiet=not self.leads)
         if device.platform == "tpu" and (warning := sharding.narrow_parts(self.c.sizes(), sizes)):
             self.console.print(f"[yellow]{warning}[/yellow]")
         self.peak, self.peak_source = metrics.peak_flops(jnp.dtype(config.step.compute_dtype))
@@ -210,7 +101,8 @@ class Run:
         self.heldout_loss = make_heldout_loss(config.step, self.attention, self.c)
 
     def _prepare(self, path: Path) -> loader.PackedSet:
-        return loader.prepare(path, self.tokenizer, self.config.row_tokens, self.c.vocab, self.console.is_terminal)
+        shows = self.leads and self.console.is_terminal
+        return loader.prepare(path, self.tokenizer, self.config.row_tokens, self.c.vocab, shows)
 
     def _stages(self) -> list[_Stage]:
         """All phases, read and checked before anything is written: a mistake in the last one shows at once."""
@@ -240,29 +132,39 @@ class Run:
     def all_phases(self) -> dict[str, Any]:
         """Runs what is left of each phase in turn."""
         config, model, done = self.config, self.config.model, {}
-        manifest.write_config(self.workdir, config)
+        runtime.meet("all inputs are checked")  # and nothing is written before
+        if self.leads:
+            manifest.write_config(self.workdir, config)
         for stage in self.stages:
             done[stage.name] = self.one_phase(stage, model)
             model = stage.folder
+        if self.leads:
+            self._write_manifest(done)
+        runtime.meet("all is written")
+        return done
+
+    def _write_manifest(self, phases: Mapping[str, Any]) -> None:
+        config = self.config
         heldout = [config.heldout] if config.heldout else []
         inputs = [self.base / "config.json", *(p.examples for p in config.phases), *heldout]
         origin = {name: self.stages[0].origin[name] for name in ("model", "context")}
         how = {"attention": backends.describe(self.attention.backend), "projections": self.projections}
-        facts = {**origin, "mfu_formula": metrics.MFU_FORMULA, "peak": self.peak_source, **how}
-        manifest.write_manifest(self.workdir, "train", inputs, {}, phases=done, **facts)
-        return done
+        devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+        facts = {**origin, "devices": devices, "mfu_formula": metrics.MFU_FORMULA, "peak": self.peak_source, **how}
+        manifest.write_manifest(self.workdir, "train", inputs, {}, phases=phases, **facts)
 
     def one_phase(self, stage: _Stage, model: Path) -> dict[str, Any]:
         """Trains one phase from `model` to its last step, or from its newest checkpoint."""
         config, rows, folder = self.config, stage.rows, stage.folder
-        loader.write_receipts(folder / "dropped.jsonl", rows.dropped)
-        if self.heldout is not None:
-            loader.write_receipts(folder / "heldout_dropped.jsonl", self.heldout.dropped)
-        keep_base(self.base, folder, config.context)
+        if self.leads:
+            loader.write_receipts(folder / "dropped.jsonl", rows.dropped)
+            if self.heldout is not None:
+                loader.write_receipts(folder / "heldout_dropped.jsonl", self.heldout.dropped)
+            keep_base(self.base, folder, config.context)
         checkpoints = Checkpoints(folder, config.keep)
         epochs = math.ceil(stage.steps * config.batch_rows / len(rows))
         batches = loader.batches(rows, config.batch_rows, epochs, config.seed, config.deal_window)
-        log = metrics.MetricsLog(folder)
+        log = metrics.MetricsLog(folder, self.leads)
         try:
             state = self._start(stage, checkpoints, batches, model, log)
             self._describe(stage, int(state.step))
@@ -346,10 +248,13 @@ class Run:
                     sharding.check_replicas(placed, "batch")
                 state, values = train_step(state, placed)
                 steps_log.add(number, values, self._facts(batch), ids)
-                if number % config.save_every == 0 or number == steps:
+                preempted = self.preemption.reached()
+                if number % config.save_every == 0 or number == steps or preempted:
                     steps_log.settle()  # a state is saved only after its loss was seen to be finite
                     place_in_input = {"position": batches.get_state(), "origin": stage.origin}
                     checkpoints.save(number, state, {**place_in_input, "result": state.result_name})
+                if preempted:
+                    raise PreemptedError(f"preempted: step {number} of {stage.name} is saved; run it again to go on")
         return state
 
     def _facts(self, batch: Batch) -> dict[str, float]:

@@ -86,6 +86,7 @@ def main(config: CollectConfig) -> Mapping[str, int]:
         [config.problems],
         counts,
         teacher=config.teacher.model,
+        method=config.method,
         prompt={"name": prompt_name, "text": prompt},
         flagged=collections.Counter(flag for _, judged in sampling.in_order() for flag in judged.flags),
         **costs(account, sampling, teacher),

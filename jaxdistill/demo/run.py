@@ -11,7 +11,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from jaxdistill import export, manifest, metrics, records, train
+from jaxdistill import export, lineage, manifest, metrics, records, train
 from jaxdistill.collect import run as collect
 from jaxdistill.collect.teacher import TeacherConfig
 from jaxdistill.curate import examples, reformat
@@ -26,6 +26,7 @@ from jaxdistill.local_teacher.server import TeacherOptions, running_teacher
 from jaxdistill.optim import OptimConfig
 from jaxdistill.records import Chain, Example, Problem
 from jaxdistill.report import page
+from jaxdistill.report import run as report
 from jaxdistill.sample.choose import SamplingConfig
 from jaxdistill.train_step import StepConfig
 
@@ -98,6 +99,7 @@ class Demo:
         summaries = self._evaluate(heldout_file)
         self._say("5  Hugging Face export, reloaded")
         error = export.main(export.ExportConfig(workdir=self.workdir / "export", model=self._phase(_DISTILLED)))
+        assert error is not None, "it is verified"
         return self._report(collected, trained, summaries, error)
 
     def _say(self, text: str) -> None:
@@ -277,9 +279,9 @@ class Demo:
             "phases": trained,
         }
         path = self.workdir / "report.html"
-        page.write(path, self._page(collected, summaries, wall_s))
         inputs = [self.workdir / "problems" / "train.jsonl", self.workdir / "problems" / "heldout.jsonl"]
         manifest.write_manifest(self.workdir, "demo", inputs, summary["collected"], wall_s=wall_s)
+        page.write(path, self._page(collected, summaries, wall_s))
         shown = Table(title=f"held-out accuracy, {self.config.heldout_problems} problems x {k} samples")
         for column in ("model", f"avg@{k} [95% interval]", f"maj@{k}", "average tokens"):
             shown.add_column(column, justify="left" if column == "model" else "right")
@@ -303,6 +305,7 @@ class Demo:
         def curves(measure: str) -> dict[str, list[tuple[int, float]]]:
             return {name: [(int(r["step"]), r[measure]) for r in found if measure in r] for name, found in rows.items()}
 
+        found = lineage.trace([self.workdir])
         return page.Page(
             title="jaxdistill demo",
             facts={
@@ -318,6 +321,8 @@ class Demo:
             losses=curves("loss"),
             heldout=curves("heldout_loss"),
             comparisons=self._comparisons(list(summaries)),
+            lineage=found,
+            transparency=report.transparency(found, "jaxdistill demo"),
         )
 
     def _comparisons(self, stages: list[str], count: int = 8) -> tuple[page.Comparison, ...]:

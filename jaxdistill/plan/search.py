@@ -16,7 +16,7 @@ from jaxdistill.models.remat import Remat
 from jaxdistill.plan import roofline
 from jaxdistill.plan.hardware import Hardware
 from jaxdistill.sharding import MeshConfig
-from jaxdistill.train import TrainConfig, check_fits
+from jaxdistill.train_config import TrainConfig, check_fits
 from jaxdistill.train_step import StepConfig
 
 USABLE = 0.92  # of a device's memory: the rest goes to the runtime and to fragments

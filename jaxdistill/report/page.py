@@ -10,7 +10,9 @@ from markupsafe import Markup
 from jaxdistill import thinking
 from jaxdistill.evaluate.grade import Summary
 from jaxdistill.evaluate.statistics import CONFIDENCE, RESAMPLES
-from jaxdistill.report import plots
+from jaxdistill.lineage import Lineage
+from jaxdistill.report import graph, plots
+from jaxdistill.report.answers import Entry
 
 KEPT = "verified"  # the count in Page.collected that is no drop
 _FOLD_CHARACTERS = 600  # longer parts of an output are folded
@@ -44,10 +46,13 @@ class Page:
     losses: Mapping[str, plots.Curve]  # by phase; steps count from the start of the phase
     heldout: Mapping[str, plots.Curve]
     comparisons: tuple[Comparison, ...]
+    lineage: Lineage | None = None  # what the numbers stand on
+    transparency: Entry | None = None
+    lede: bool = True  # one sentence from the first stage to the last, where they are one model's on one task
 
     def __post_init__(self):
         names = [stage.name for stage in self.stages]
-        if not names or len(set(names)) < len(names):
+        if (not names and self.lineage is None) or len(set(names)) < len(names):
             raise ValueError(f"stages are {names}; expected one or more, each with a name of its own")
         unknown = {name for comparison in self.comparisons for name in comparison.outputs} - set(names)
         if unknown:
@@ -56,31 +61,45 @@ class Page:
 
 def write(path: Path, page: Page) -> None:
     """Writes the page; the file appears whole or not at all."""
+    write_text(path, _render(page))
+
+
+def write_text(path: Path, html: str) -> None:
+    """Writes HTML; the file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     # A model may write half an emoji, which UTF-8 cannot hold: it becomes a reference that browsers show as U+FFFD.
-    partial.write_text(_render(page), encoding="utf-8", errors="xmlcharrefreplace")
+    partial.write_text(html, encoding="utf-8", errors="xmlcharrefreplace")
     partial.replace(path)
 
 
-def _render(page: Page) -> str:
-    environment = jinja2.Environment(
+def environment() -> jinja2.Environment:
+    """Reads the templates of this folder; all text is escaped."""
+    return jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def _render(page: Page) -> str:
     summaries = {stage.name: stage.summary for stage in page.stages}
-    return environment.get_template("page.html.jinja").render(
-        page=page,
-        kept=KEPT,
-        confidence=CONFIDENCE,
-        resamples=RESAMPLES,
-        parts=_parts,
-        fold_characters=_FOLD_CHARACTERS,
-        loss_plot=Markup(plots.losses(page.losses, page.heldout, [*summaries])),
-        scaling_plot=Markup(plots.inference_time_scaling(summaries)),
+    return (
+        environment()
+        .get_template("page.html.jinja")
+        .render(
+            page=page,
+            kept=KEPT,
+            confidence=CONFIDENCE,
+            resamples=RESAMPLES,
+            parts=_parts,
+            fold_characters=_FOLD_CHARACTERS,
+            loss_plot=Markup(plots.losses(page.losses, page.heldout, [*summaries])),
+            scaling_plot=Markup(plots.inference_time_scaling(summaries) if summaries else ""),
+            pipeline=Markup(graph.pipeline(page.lineage) if page.lineage else ""),
+        )
     )
 
 

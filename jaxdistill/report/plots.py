@@ -14,39 +14,40 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator
 
 from jaxdistill.evaluate.grade import Summary
+from jaxdistill.transparency.index import DIMENSIONS, Score
 
 Curve = Sequence[tuple[int, float]]  # (step of its phase, loss)
 
 # Colours that stand for a variable of the page's style sheet, so that one SVG is right on light and on dark.
-_INK, _MUTED, _GRID, _SURFACE = "#0000f0", "#0000f1", "#0000f2", "#0000f3"
+INK, MUTED, GRID, SURFACE = "#0000f0", "#0000f1", "#0000f2", "#0000f3"
 _SERIES = ("#0000e0", "#0000e1", "#0000e2", "#0000e3", "#0000e4", "#0000e5")
 _VARIABLES = {
-    _INK: "var(--ink)",
-    _MUTED: "var(--muted)",
-    _GRID: "var(--line)",
-    _SURFACE: "var(--surface)",
+    INK: "var(--ink)",
+    MUTED: "var(--muted)",
+    GRID: "var(--line)",
+    SURFACE: "var(--surface)",
     **{colour: f"var(--series-{i})" for i, colour in enumerate(_SERIES)},
 }
 _MARKERS = "osD^vP"
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: found by search, drawn in the page's font
     "font.size": 10,
-    "text.color": _INK,
+    "text.color": INK,
     "text.parse_math": False,  # a dollar in a name is a dollar
-    "axes.edgecolor": _GRID,
+    "axes.edgecolor": GRID,
     "axes.facecolor": "none",
-    "axes.labelcolor": _INK,
+    "axes.labelcolor": INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
     "figure.facecolor": "none",
-    "grid.color": _GRID,
+    "grid.color": GRID,
     "grid.linewidth": 0.6,
-    "xtick.color": _GRID,
-    "ytick.color": _GRID,
-    "xtick.labelcolor": _MUTED,
-    "ytick.labelcolor": _MUTED,
+    "xtick.color": GRID,
+    "ytick.color": GRID,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
     "legend.frameon": False,
 }
 
@@ -58,10 +59,10 @@ def losses(trained: Mapping[str, Curve], heldout: Mapping[str, Curve], stages: S
     """
     kinds = {
         "training": (trained, {"linewidth": 1.2}),
-        "held-out": (heldout, {"marker": "o", "markerfacecolor": _SURFACE, "linestyle": "none"}),
+        "held-out": (heldout, {"marker": "o", "markerfacecolor": SURFACE, "linestyle": "none"}),
     }
     values = [loss for curves, _ in kinds.values() for curve in curves.values() for _, loss in curve]
-    with _axes(9.0, 3.6) as (figure, axes):
+    with drawing(9.0, 3.6) as (figure, axes):
         start = 0
         names = list(dict.fromkeys((*stages, *trained, *heldout)))
         for i, phase in enumerate(dict.fromkeys((*trained, *heldout))):
@@ -70,7 +71,7 @@ def losses(trained: Mapping[str, Curve], heldout: Mapping[str, Curve], stages: S
                 curve = curves.get(phase, ())
                 axes.plot([start + step for step, _ in curve], [loss for _, loss in curve], color=colour, **style)
             if i:
-                axes.axvline(start, color=_MUTED, linewidth=0.8, linestyle="--")
+                axes.axvline(start, color=MUTED, linewidth=0.8, linestyle="--")
             axes.text(start, 1.02, phase, color=colour, weight="bold", transform=axes.get_xaxis_transform())
             start += max((step for curves, _ in kinds.values() for step, _ in curves.get(phase, ())), default=0)
         if values and max(values) > 10 * min(values) > 0:
@@ -78,8 +79,8 @@ def losses(trained: Mapping[str, Curve], heldout: Mapping[str, Curve], stages: S
             _plain_log_ticks(axes, "y", "{x:g}")
         axes.set_xlabel("optimizer step")
         axes.set_ylabel("loss, nats a token")
-        axes.legend(handles=[Line2D([], [], color=_MUTED, label=kind, **style) for kind, (_, style) in kinds.items()])
-        return _svg(figure, "losses", "Training and held-out loss by optimizer step")
+        axes.legend(handles=[Line2D([], [], color=MUTED, label=kind, **style) for kind, (_, style) in kinds.items()])
+        return svg(figure, "losses", "Training and held-out loss by optimizer step")
 
 
 def inference_time_scaling(summaries: Mapping[str, Summary]) -> str:
@@ -87,7 +88,7 @@ def inference_time_scaling(summaries: Mapping[str, Summary]) -> str:
 
     The view of arXiv 2411.16489: a longer computation is a longer answer or a vote of several.
     """
-    with _axes(9.0, 4.0) as (figure, axes):
+    with drawing(9.0, 4.0) as (figure, axes):
         for i, (name, summary) in enumerate(summaries.items()):
             colour, marker = _SERIES[i % len(_SERIES)], _MARKERS[i % len(_MARKERS)]
             votes = {f"maj@{k}": (k, estimate) for k, estimate in sorted(summary.maj_at.items()) if k > 1}
@@ -103,7 +104,7 @@ def inference_time_scaling(summaries: Mapping[str, Summary]) -> str:
                     yerr=[[max(0.0, y - 100 * estimate.low)], [max(0.0, 100 * estimate.high - y)]],
                     fmt=marker,
                     color=colour,
-                    markerfacecolor=colour if first else _SURFACE,
+                    markerfacecolor=colour if first else SURFACE,
                     markersize=8 if first else 6,
                     capsize=3,
                     elinewidth=1.2,
@@ -126,7 +127,33 @@ def inference_time_scaling(summaries: Mapping[str, Summary]) -> str:
         axes.set_xlabel("average output tokens a problem")
         axes.set_ylabel("accuracy, %")
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-        return _svg(figure, "scaling", "Accuracy against average output tokens")
+        return svg(figure, "scaling", "Accuracy against average output tokens")
+
+
+def transparency(scores: Mapping[str, Score]) -> str:
+    """Points of the transparency index, one bar a work, the dimensions one after another; open points are hollow."""
+    with drawing(9.0, 1.2 + 0.4 * len(scores)) as (figure, axes):
+        names = list(scores)
+        left = [0] * len(names)
+        for i, dimension in enumerate(DIMENSIONS):
+            points = [score.by_dimension[dimension].low for score in scores.values()]
+            colour = _SERIES[i + 1]
+            axes.barh(names, points, left=left, color=colour, height=0.6, label=dimension.replace("_", " "))
+            left = [start + width for start, width in zip(left, points, strict=True)]
+        totals = [score.total for score in scores.values()]
+        open_points = [total.high - total.low for total in totals]
+        if any(open_points):
+            empty: dict[str, Any] = {"facecolor": "none", "edgecolor": MUTED, "linestyle": ":"}
+            axes.barh(names, open_points, left=left, height=0.6, label="open", **empty)
+        for row, total in enumerate(totals):
+            axes.text(total.high + 1, row, str(total), va="center", weight="bold")
+        axes.invert_yaxis()
+        axes.set_xlim(0, 112)
+        axes.set_xticks(range(0, 101, 20))
+        axes.set_xlabel("points of 100")
+        axes.grid(visible=False, axis="y")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.35 if len(scores) < 4 else -0.18), ncols=5)
+        return svg(figure, "transparency", "Points of the transparency index by work and dimension")
 
 
 def _plain_log_ticks(axes: Axes, which: str, pattern: str) -> None:
@@ -138,7 +165,7 @@ def _plain_log_ticks(axes: Axes, which: str, pattern: str) -> None:
 
 
 @contextlib.contextmanager
-def _axes(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
+def drawing(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
     """An empty plot, sizes in inches, drawn in our style whatever the user's matplotlibrc says."""
     with matplotlib.rc_context(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the reader's browser has the glyph
@@ -148,13 +175,13 @@ def _axes(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
         yield figure, figure.add_subplot()
 
 
-def _svg(figure: Figure, name: str, label: str) -> str:
+def svg(figure: Figure, name: str, label: str) -> str:
     """The figure as an element of HTML: no prolog, no name spaces, no date, ids that start with `name`."""
     matplotlib.rcParams["svg.hashsalt"] = name
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    svg = buffer.getvalue()
-    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg[svg.index("<svg") :], count=2)
-    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\1{name}-", svg)
-    svg = re.sub("|".join(_VARIABLES), lambda match: _VARIABLES[match.group()], svg)
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+    text = buffer.getvalue()
+    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text[text.index("<svg") :], count=2)
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\1{name}-", text)
+    text = re.sub("|".join(_VARIABLES), lambda match: _VARIABLES[match.group()], text)
+    return text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)

@@ -13,7 +13,7 @@ from jaxdistill.records import Chain, Usage, Verdict, write_jsonl
 
 RECIPE = """
 from pathlib import Path
-from jaxdistill.train import Phase, TrainConfig
+from jaxdistill.train_config import Phase, TrainConfig
 
 def config():
     phases = (Phase(name="a", examples=Path("none")),)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from huggingface_hub import ModelCard
 
 from jaxdistill import export
 from jaxdistill.checkpoint import Checkpoints, fingerprint, keep_base, load_model
@@ -209,6 +210,20 @@ def test_export_takes_its_own_folder_again_even_cut_off(model: Path, tmp_path: P
     written = json.loads((config.workdir / "manifest.json").read_text())
     assert (written["verified"], written["model"]) == (True, fingerprint(model))
     assert written["settings"]["verify_tokens"] == 8
+    assert "reloaded: tensors equal, logits within" in card(config.workdir).text
+
+
+def card(folder: Path) -> ModelCard:
+    return ModelCard.load(folder / "README.md")
+
+
+def test_an_export_that_was_not_verified_says_so(model: Path, tmp_path: Path):
+    config = export.ExportConfig(workdir=tmp_path / "out", model=model, verify=False)
+    assert export.main(config) is None
+    assert json.loads((config.workdir / "manifest.json").read_text())["verified"] is False
+    written = card(config.workdir)
+    assert "Check of this folder: not verified." in written.text
+    assert written.data.to_dict()["library_name"] == "transformers"
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,17 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from huggingface_hub import ModelCard
 
 from jaxdistill.local_teacher.server import TeacherOptions, running_teacher
+from jaxdistill.transparency import index
 
 SIZES = {"train": 60, "reformat": 12, "heldout": 6}
 SMALL = [word for name, count in SIZES.items() for word in (f"--{name}-problems", str(count))] + ["--samples", "2"]
@@ -56,8 +59,52 @@ def test_every_dropped_chain_has_a_receipt(run: Path) -> None:
 
 def test_report_is_one_offline_page(run: Path) -> None:
     page = (run / "report.html").read_text()
-    assert "<svg" in page
+    assert page.count("<svg") == 3  # accuracy, loss, pipeline
+    assert "Technical transparency index" in page
     assert "src=" not in page.replace('src="data:', "")
+
+
+def test_report_and_score_of_a_demo_reach_back_to_its_problems(run: Path, tmp_path: Path) -> None:
+    """On a copy: a run that was moved is found again by its hashes."""
+    copy = tmp_path / "moved"
+    shutil.copytree(run, copy)
+    done = jaxdistill("report", str(copy), "--output", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "All inputs are what was read." in page
+    assert page.count("<svg") == 3
+    assert "evaluate/phase2" in page
+    work = index.load(tmp_path / "out" / "transparency.yaml")
+    verdicts = {name: answer.verdict for name, answer in work.answers.items()}
+    proved = {name for name, verdict in verdicts.items() if verdict in index.EARNS}
+    opened = {"data_documented", "selection_criteria", "ablations", "custom_metrics"}
+    public = {name for name, i in index.indicators().items() if i.dimension == "open_source"}
+    assert proved == index.indicators().keys() - opened - public
+    assert verdicts["reinforcement_learning"] == "unused"
+
+    examples = run / "distilled" / "examples.jsonl"
+    whole = examples.read_bytes()
+    try:
+        examples.write_bytes(whole + b"\n")
+        done = jaxdistill("tti", "run", str(run), "--output", str(tmp_path / "changed.yaml"))
+    finally:
+        examples.write_bytes(whole)
+    assert done.returncode == 0, done.stderr[-3000:]
+    changed = index.load(tmp_path / "changed.yaml")
+    assert changed.answers["pipeline"].verdict == "open"
+    assert "examples.jsonl, which is changed" in changed.answers["pipeline"].reason
+    assert changed.answers["search_algorithm"].verdict == "open"
+
+
+def test_the_exports_card_says_what_it_was_trained_on(run: Path) -> None:
+    card = ModelCard.load(run / "export" / "README.md")
+    manifest = json.loads((run / "train" / "manifest.json").read_text())
+    assert card.data.to_dict()["library_name"] == "transformers"
+    assert manifest["model"] in card.text
+    for name, phase in manifest["phases"].items():
+        assert f"| {name} | {phase['steps']} | {phase['examples']} |" in card.text
+    for found in manifest["inputs"].values():
+        assert found in card.text
 
 
 def test_export_loads_in_transformers_with_the_same_logits(run: Path) -> None:

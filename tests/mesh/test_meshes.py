@@ -11,7 +11,7 @@ import plain_attention
 import pytest
 import tiny
 
-from jaxdistill import loss, optim, sharding, train, train_step
+from jaxdistill import loss, optim, sharding, train_config, train_step
 from jaxdistill.data.packing import Batch
 from jaxdistill.errors import UserError
 from jaxdistill.models import decoder
@@ -218,8 +218,8 @@ def test_rows_that_the_mesh_cannot_split():
     c = architecture("llama", kv_heads=8)
 
     def check(row_tokens: int, mesh: MeshConfig) -> None:
-        config = train.TrainConfig(workdir=Path("run"), model=Path("model"), row_tokens=row_tokens, batch_rows=4)
-        train.check_fits(config, c, mesh.sizes(), jax.devices()[0])
+        config = train_config.TrainConfig(workdir=Path("run"), model=Path("model"), row_tokens=row_tokens, batch_rows=4)
+        train_config.check_fits(config, c, mesh.sizes(), jax.devices()[0])
 
     with pytest.raises(UserError, match=r"4 rows at a time .* make them a multiple of 8"):
         check(64, MeshConfig(fsdp=4))

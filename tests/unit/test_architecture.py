@@ -15,6 +15,8 @@ PACKAGE = ROOT / "jaxdistill"
 # Left to right; a module imports its own layer and those to its left. Two chains share their first modules.
 TEXT = (
     ("errors", "records", "manifest", "progress", "thinking", "verify"),
+    ("lineage",),
+    ("transparency",),
     ("local_teacher",),
     ("collect",),
     ("curate",),
@@ -26,9 +28,9 @@ ARRAYS = (
     ("hf", "checkpoint", "export"),
     ("sample",),
     ("evaluate",),
-    ("train",),
+    ("train_config", "train"),
     ("plan", "doctor"),
-    ("report",),
+    ("report", "launch"),
     ("demo",),
     ("cli",),
 )
@@ -36,6 +38,7 @@ TEXT_MODULES = frozenset(module for layer in TEXT for module in layer)
 EXTRA = {
     "evaluate": frozenset({"collect", "verify"}),
     "doctor": TEXT_MODULES,
+    "report": frozenset({"lineage", "transparency"}),
     "demo": TEXT_MODULES,
     "cli": TEXT_MODULES,
 }

@@ -1,6 +1,7 @@
 """Hugging Face folders: every tensor that does not fit is named, and an export never mixes with an older one."""
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -208,3 +209,31 @@ def test_rope_is_written_in_both_schemas_from_either(rope: str):
     assert written == write_rope(old) == write_rope(written)
     assert written["rope_parameters"] == new["rope_parameters"]
     assert written["rope_theta"] == theta
+
+
+def test_the_host_holds_little_more_than_one_tensor_and_the_files_being_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Of host arrays: on a CPU the model itself is in host memory too, and elsewhere in that of the devices."""
+    layers = 32
+    values = tiny.hf_config("qwen2", num_hidden_layers=layers, hidden_size=64, intermediate_size=512)
+    c = tiny.config("qwen2", num_hidden_layers=layers, hidden_size=64, intermediate_size=512)
+    source = tiny.write_folder(tmp_path / "source", values, tiny.values(c), c, with_tokenizer=False)
+    largest = 4 * max(np.prod(shape) for shape in hf.Tensors(source).shapes().values())
+    monkeypatch.setattr(hf, "_SHARD_BYTES", 4 * largest)
+    with tiny.mesh():
+        params, _ = hf.load(source)  # compiles
+        hf.save(tmp_path / "copy", params, values)
+        held = {}
+        for name, call in {
+            "load": lambda: hf.load(source),
+            "save": lambda: hf.save(tmp_path / "copy", params, values),
+        }.items():
+            tracemalloc.start()
+            call()
+            held[name] = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+    of_all_layers = layers * largest
+    assert held["load"] < 4 * largest < of_all_layers / 4, held
+    assert held["save"] < 3 * 4 * largest < of_all_layers / 2, held
+    assert len(list((tmp_path / "copy").glob("*.safetensors"))) > 4

@@ -15,7 +15,7 @@ from jaxdistill.models.config import Config
 from jaxdistill.optim import OptimConfig
 from jaxdistill.plan import ahead, cuda, hardware
 from jaxdistill.sharding import MeshConfig
-from jaxdistill.train import Phase, TrainConfig, read_architecture
+from jaxdistill.train_config import Phase, TrainConfig, read_architecture
 from jaxdistill.train_step import StepConfig
 
 GIB = 2**30

@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 import tiny
 
-from jaxdistill import hf, manifest, metrics, optim, train, weights
+from jaxdistill import hf, manifest, metrics, optim, runtime, train, train_config, weights
 from jaxdistill.checkpoint import load_model
 from jaxdistill.data import chat
 from jaxdistill.errors import UserError
@@ -20,7 +20,7 @@ from jaxdistill.metrics import NonFiniteLossError
 from jaxdistill.models import decoder
 from jaxdistill.models.context import ContextExtension
 from jaxdistill.sharding import MeshConfig
-from jaxdistill.train import Phase, TrainConfig
+from jaxdistill.train_config import Phase, TrainConfig
 from jaxdistill.train_step import StepConfig
 
 SIZES: dict[str, Any] = {"vocab_size": 264, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
@@ -173,7 +173,7 @@ def test_documents_longer_than_a_row_leave_a_receipt(tmp_path: Path, model: Path
 def test_attention_plans_for_the_documents_of_the_fullest_row(tmp_path: Path, model: Path, examples: Path):
     config = small(tmp_path / "run", model, examples)
     with jax.set_mesh(config.mesh.build()):
-        run = train.Run(config)
+        run = train.Run(config, runtime.Preemption())
     fullest = max(row.segments.max() for row, _ in (run.stages[0].rows[i] for i in range(len(run.stages[0].rows))))
     assert run.attention.segments == fullest + 1, "one more for the padding"
 
@@ -347,11 +347,11 @@ def test_examples_must_have_been_checked_against_the_evaluation_sets(tmp_path: P
     config = small(tmp_path / "run", model, data, evaluation_sets=(held,))
     with pytest.raises(UserError, match=r"was not checked against .*held\.jsonl.*--allow-contamination"):
         train.main(config)
-    train.check_decontaminated(dataclasses.replace(config, allow_contamination=True))
+    train_config.check_decontaminated(dataclasses.replace(config, allow_contamination=True))
     manifest.write_manifest(data.parent, "import", [held], {}, decontaminated=manifest.decontamination([held]))
-    train.check_decontaminated(config)
+    train_config.check_decontaminated(config)
     held.write_text('{"problem": "another"}')
     with pytest.raises(UserError, match="was not checked"):
-        train.check_decontaminated(config)
+        train_config.check_decontaminated(config)
     with pytest.raises(UserError, match="no such file"):
-        train.check_decontaminated(dataclasses.replace(config, evaluation_sets=(tmp_path / "none.jsonl",)))
+        train_config.check_decontaminated(dataclasses.replace(config, evaluation_sets=(tmp_path / "none.jsonl",)))

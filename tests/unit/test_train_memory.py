@@ -17,7 +17,7 @@ from jaxdistill.checkpoint import load_model
 from jaxdistill.errors import UserError
 from jaxdistill.optim import OptimConfig
 from jaxdistill.sharding import MeshConfig
-from jaxdistill.train import Phase, TrainConfig
+from jaxdistill.train_config import Phase, TrainConfig
 from jaxdistill.train_step import StepConfig
 
 SIZES: dict[str, Any] = {"vocab_size": 264, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}

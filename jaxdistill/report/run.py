@@ -1,0 +1,140 @@
+"""`jaxdistill report RUN...`: one page about any run folders, from the final table back to the problems."""
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+
+from jaxdistill import lineage, manifest, metrics
+from jaxdistill.errors import UserError
+from jaxdistill.evaluate import tasks
+from jaxdistill.evaluate.grade import Summary
+from jaxdistill.evaluate.run import read_completions
+from jaxdistill.lineage import Lineage, Stage
+from jaxdistill.records import from_dict
+from jaxdistill.report import page, plots
+from jaxdistill.report.answers import Entry
+from jaxdistill.transparency import index
+from jaxdistill.transparency import run as own
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Run folders to report on; those that they read from are found by themselves."""
+
+    runs: tuple[Path, ...]  # folders of stages, or folders that hold some
+    output: Path | None = None  # folder for the report; by default `report` in the first run folder
+    problems: int = 8  # shown with what every model answered
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise UserError("no run folder was given; expected one or more: jaxdistill report RUN...")
+
+    @property
+    def workdir(self) -> Path:
+        """Where report.html and transparency.yaml are written."""
+        return self.output or self.runs[0] / "report"
+
+
+def main(config: ReportConfig) -> page.Page:
+    """Writes report.html, and transparency.yaml for a person to answer what is open.
+
+    Raises:
+      UserError: as `jaxdistill.lineage.trace`.
+    """
+    found = lineage.trace(config.runs)
+    name = config.runs[0].resolve().name
+    shown = page_of(found, name, config.problems)
+    path = config.workdir / "report.html"
+    page.write(path, shown)
+    assert shown.transparency is not None
+    page.write_text(config.workdir / "transparency.yaml", index.dump(shown.transparency.work))
+    manifest.write_config(config.workdir, config)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"transparency: {shown.transparency.score.total} of 100, open answers in transparency.yaml beside it")
+    console.print(f"report: {path}")
+    return shown
+
+
+def page_of(found: Lineage, name: str, problems: int = 8) -> page.Page:
+    """The page about a lineage."""
+    evaluations = found.of("evaluate")
+    return page.Page(
+        title=name,
+        facts=_facts(found),
+        collected=dict(sum((Counter(stage.counts) for stage in found.of("collect")), Counter())),
+        stages=tuple(page.Stage(name=found.name(s.folder), summary=_summary(s)) for s in evaluations),
+        losses=_curves(found, "loss"),
+        heldout=_curves(found, "heldout_loss"),
+        comparisons=_comparisons(found, evaluations, problems),
+        lineage=found,
+        transparency=transparency(found, name),
+        lede=False,
+    )
+
+
+def transparency(found: Lineage, name: str) -> Entry:
+    """What a run says of itself, its metrics defined by the page that this is shown on."""
+    work = own.work(found, name, page="report.html")
+    return Entry(work=work, score=index.score(work))
+
+
+def _facts(found: Lineage) -> Mapping[str, str]:
+    """What all stages together say."""
+    stages = list(found.stages.values())
+    costs = [stage.cost_usd for stage in stages if stage.cost_usd is not None]
+    hours = sum(row.get("step_s", 0.0) for s in found.of("train") for p in _phases(s) for row in metrics.read(p)) / 3600
+    return {
+        "commit": ", ".join(sorted({str(stage.manifest.get("commit", "unknown")) for stage in stages})),
+        "teacher's answers": f"${sum(costs):,.2f}" if costs else "none here",
+        "training": f"{hours:.2f} hours of steps",
+        "devices": ", ".join(sorted({s.manifest.get("devices", "not written down") for s in found.of("train")})),
+        **{k: v for stage in stages[-1:] for k, v in stage.manifest.get("versions", {}).items()},
+    }
+
+
+def _phases(stage: Stage) -> list[Path]:
+    """Folders of a training run's phases."""
+    return [stage.folder / name for name in stage.manifest.get("phases", {})]
+
+
+def _curves(found: Lineage, measure: str) -> dict[str, plots.Curve]:
+    curves = {}
+    for stage in found.of("train"):
+        for folder in _phases(stage):
+            rows = metrics.read(folder)
+            curves[found.name(folder)] = [(int(row["step"]), row[measure]) for row in rows if measure in row]
+    return curves
+
+
+def _summary(stage: Stage) -> Summary:
+    """The summary that an evaluation wrote; JSON has the k of pass@k and maj@k as text."""
+    path = stage.folder / "summary.json"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected the summary of a finished evaluation")
+    summary = from_dict(json.loads(path.read_text(encoding="utf-8")), Summary, f"{path}")
+    by_k = {name: {int(k): v for k, v in getattr(summary, name).items()} for name in ("pass_at", "maj_at")}
+    return dataclasses.replace(summary, **by_k)
+
+
+def _comparisons(found: Lineage, evaluations: list[Stage], count: int) -> tuple[page.Comparison, ...]:
+    """The first sample of a few problems, as each model answered it; problems of one file stand together."""
+    outputs: dict[tuple[Path, str], dict[str, tuple[str, bool]]] = {}
+    files: dict[Path, str] = {}  # task by file of problems
+    for stage in evaluations:
+        read = next((i for i in stage.inputs if i.path.name != "config.json" and i.found == "same"), None)
+        if read is None or not (stage.folder / "completions.jsonl").is_file():
+            continue
+        files[read.path] = stage.manifest["task"]["name"]
+        for completion, score in read_completions(stage.folder):
+            if completion.sample_index == 0:
+                of_problem = outputs.setdefault((read.path, completion.item_id), {})
+                of_problem[found.name(stage.folder)] = (completion.text, score.verdict.label == "correct")
+    shown = []
+    for path, task in files.items():
+        asked = [p for p in tasks.task(task).problems_from(path) if (path, p.id) in outputs][:count]
+        shown += [page.Comparison(question=p.problem, gold=p.answer or "", outputs=outputs[path, p.id]) for p in asked]
+    return tuple(shown)

@@ -1,0 +1,127 @@
+"""The configuration of a training run, and the checks that need neither its data nor its weights."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxdistill import hf, manifest, models, sharding
+from jaxdistill.checkpoint import base_of
+from jaxdistill.errors import UserError
+from jaxdistill.models.attention import Attention, backends
+from jaxdistill.models.config import Config
+from jaxdistill.models.context import ContextExtension
+from jaxdistill.optim import OptimConfig
+from jaxdistill.sharding import MeshConfig
+from jaxdistill.train_step import StepConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Phase:
+    """One stretch of training with its own data, schedule and fresh optimizer state."""
+
+    name: str  # also the name of its folder
+    examples: Path  # path of a JSON Lines file of Example rows
+    epochs: int = 1  # passes over the packed rows
+    steps: int | None = None  # optimizer steps, instead of epochs
+    optim: OptimConfig = OptimConfig()
+
+    def __post_init__(self):
+        if not self.name or "/" in self.name or self.name.startswith("."):
+            raise UserError(f"a phase is named {self.name!r}; expected a name that can be a folder")
+        if self.epochs < 1 or (self.steps is not None and self.steps < 1):
+            raise UserError(f"phase {self.name}: epochs is {self.epochs} and steps {self.steps}; expected 1 or more")
+
+    def optimizer_steps(self, rows: int, batch_rows: int) -> int:
+        """Steps of this phase on so many packed rows."""
+        return self.steps or math.ceil(rows * self.epochs / batch_rows)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A fine-tuning run: model -> phases -> checkpoints."""
+
+    workdir: Path  # run folder; run again with the same one to resume
+    model: Path  # Hugging Face folder, or a phase folder of another run
+    phases: tuple[Phase, ...] = (Phase(name="sft", examples=Path("examples.jsonl")),)  # one after another
+    context: ContextExtension | None = None  # for rows longer than the model was made for; the export has it too
+    evaluation_sets: tuple[Path, ...] = ()  # the model's tests; every example must have been checked against these
+    allow_contamination: bool = False  # train although the manifests do not say that it was
+    heldout: Path | None = None  # Example rows whose loss is measured before, between and after
+    row_tokens: int = 8192  # T, positions in a packed row
+    batch_rows: int = 8  # rows in an optimizer step, over all devices
+    deal_window: int = 16  # steps that trade rows, so that those of a step cost alike; 1 is a plain shuffle
+    mesh: MeshConfig = MeshConfig()
+    step: StepConfig = StepConfig()
+    seed: int = 0  # of the order of rows, and of noise
+    save_every: int = 100  # steps between checkpoints
+    keep: int = 2  # newest checkpoints kept of each phase
+    log_every: int = 1  # steps between rows of metrics
+
+    def __post_init__(self):
+        if not self.phases or len({p.name for p in self.phases}) < len(self.phases):
+            raise UserError(f"phases are named {[p.name for p in self.phases]}; expected at least one, all different")
+        for name in ("row_tokens", "batch_rows", "deal_window", "save_every", "keep", "log_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; expected 1 or more")
+        if self.batch_rows % self.step.accumulate:
+            raise UserError(f"batch_rows {self.batch_rows} is not a multiple of step.accumulate {self.step.accumulate}")
+
+
+def read_architecture(config: TrainConfig) -> tuple[Path, Config]:
+    """The folder with the model's config.json and tokenizer, and the architecture, its context extended if asked."""
+    base = base_of(config.model)
+    c, values = hf.read_config(base)
+    if config.context is not None:
+        c = models.family(c.model_type).config(config.context.apply(values))
+    return base, c
+
+
+def check_fits(config: TrainConfig, c: Config, mesh: Mapping[str, int], device: Any) -> Attention:
+    """Refuses rows, a model or heads that a mesh of these sizes cannot split evenly; returns how attention is computed.
+
+    Args:
+      device: one of the mesh; it may be one that a program is only compiled for.
+
+    Raises:
+      UserError: rows are longer than the model's positions, something does not come out even, or attention has no
+        backend here.
+    """
+    if config.row_tokens > c.max_positions:
+        raise UserError(
+            f"row_tokens is {config.row_tokens}, but {config.model} was made for {c.max_positions} positions "
+            "(max_position_embeddings); use shorter rows, or extend its context (--help: context)"
+        )
+    rows, ways = config.batch_rows // config.step.accumulate, mesh["data"] * mesh["fsdp"]
+    if rows % ways:
+        raise UserError(
+            f"{rows} rows at a time (batch_rows / step.accumulate) do not split over data {mesh['data']} x fsdp "
+            f"{mesh['fsdp']}; make them a multiple of {ways}"
+        )
+    chunks = 2 * mesh["context"] if mesh["context"] > 1 else 1  # sharding.row_order
+    if config.row_tokens % chunks:
+        raise UserError(f"row_tokens {config.row_tokens} is not a multiple of twice mesh.context {mesh['context']}")
+    sharding.check_divisible(c.sizes(), mesh)
+    step = config.step
+    attention = Attention(backend=backends.choose(step.attention, device.platform), context=step.context)
+    backends.check(attention, c, mesh, rows, config.row_tokens, step.compute_dtype, device)
+    return attention
+
+
+def check_decontaminated(config: TrainConfig) -> None:
+    """Refuses examples that were not checked against the evaluation sets of the configuration.
+
+    Raises:
+      UserError: a set is missing, or by the manifests an examples file did not come through `jaxdistill curate` (or
+        `refine import`) with it.
+    """
+    for held in config.evaluation_sets:
+        if not held.is_file():
+            raise UserError(f"{held}: no such file; evaluation_sets names files of evaluation problems")
+        for phase in config.phases:
+            if not config.allow_contamination and manifest.file_hash(held) not in manifest.cleared_of(phase.examples):
+                raise UserError(
+                    f"{phase.examples} was not checked against {held}, by its manifests; run `jaxdistill curate` (or "
+                    "`jaxdistill refine import`) with it among its evaluation_sets, or say --allow-contamination"
+                )
