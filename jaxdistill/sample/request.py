@@ -8,6 +8,9 @@ from jaxdistill.errors import UserError
 STOP_TOKENS = 16  # most stop tokens of one request, those of the model included
 TOP_LOGPROBS = 20  # most likely tokens that are reported beside each token
 
+_LEAST_TEMPERATURE = 1e-6  # below it, logits over temperature would soon leave float32
+_LARGEST_PENALTY = 1e6
+
 FinishReason = Literal["stop", "length"]
 
 
@@ -25,18 +28,25 @@ class SamplingConfig:
     max_new_tokens: int = 2048  # output tokens of a request
 
     def __post_init__(self):
-        if not 0 <= self.temperature < float("inf"):
-            raise UserError(f"temperature is {self.temperature}; expected 0 (greedy) or more")
-        if self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
+        if self.temperature != 0 and not _LEAST_TEMPERATURE <= self.temperature < float("inf"):
+            raise UserError(
+                f"temperature is {self.temperature}; expected 0 (greedy), or {_LEAST_TEMPERATURE:g} and more"
+            )
+        if not 0 <= self.top_k < 2**31 or not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
             raise UserError(
                 f"top_k {self.top_k}, top_p {self.top_p}, min_p {self.min_p}; expected top_k >= 0 (0: off), "
                 "0 < top_p <= 1 (1: off), 0 <= min_p <= 1 (0: off)"
             )
-        if not 0 < self.repetition_penalty < float("inf"):
-            raise UserError(f"repetition_penalty is {self.repetition_penalty}; expected more than 0 (1: off)")
+        if not 1 / _LARGEST_PENALTY <= self.repetition_penalty <= _LARGEST_PENALTY:
+            raise UserError(
+                f"repetition_penalty is {self.repetition_penalty}; "
+                f"expected {1 / _LARGEST_PENALTY:g} to {_LARGEST_PENALTY:g} (1: off)"
+            )
         for name in ("presence_penalty", "frequency_penalty"):
-            if not abs(getattr(self, name)) < float("inf"):
-                raise UserError(f"{name} is {getattr(self, name)}; expected a number (0: off)")
+            if not abs(getattr(self, name)) <= _LARGEST_PENALTY:
+                raise UserError(
+                    f"{name} is {getattr(self, name)}; expected {-_LARGEST_PENALTY:g} to {_LARGEST_PENALTY:g} (0: off)"
+                )
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {self.max_new_tokens}; expected 1 or more")
 

@@ -106,13 +106,15 @@ def test_greedy_takes_the_first_of_the_best():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"temperature": -1.0}, "temperature is -1.0; expected 0 .greedy. or more"),
+        ({"temperature": -1.0}, "temperature is -1.0; expected 0 .greedy., or 1e-06 and more"),
         ({"top_k": -1}, "expected top_k >= 0"),
         ({"top_p": 0.0}, "0 < top_p <= 1"),
         ({"min_p": 1.5}, "0 <= min_p <= 1"),
         ({"temperature": float("nan")}, "temperature is nan"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0; expected more than 0"),
-        ({"presence_penalty": float("inf")}, "presence_penalty is inf; expected a number"),
+        ({"temperature": 1e-40}, "temperature is 1e-40"),
+        ({"top_k": 2**31}, "top_k 2147483648"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0; expected 1e-06 to 1e.06"),
+        ({"presence_penalty": float("inf")}, "presence_penalty is inf; expected -1e.06 to 1e.06"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0; expected 1 or more"),
     ],
 )
