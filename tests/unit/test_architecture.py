@@ -25,6 +25,7 @@ ARRAYS = (
     ("models", "loss", "optim", "optim_state", "data", "train_step"),
     ("hf", "checkpoint", "export"),
     ("sample",),
+    ("serve",),
     ("evaluate",),
     ("train",),
     ("plan", "doctor"),
