@@ -20,6 +20,11 @@ import openai
 import pytest
 import tiny
 
+from jaxdistill.collect.run import CollectConfig
+from jaxdistill.collect.run import main as collect
+from jaxdistill.collect.teacher import TeacherConfig
+from jaxdistill.records import Problem, write_jsonl
+
 HF = tiny.hf_config("qwen3", vocab_size=263, max_position_embeddings=4096)
 C = tiny.config("qwen3", vocab_size=263, max_position_embeddings=4096)
 KEY = "secret-of-the-test"
@@ -201,6 +206,22 @@ def test_completions_echo_the_log_probabilities_of_the_prompt(client: openai.Ope
     text = client.completions.create(prompt="he", **{**asked, "logprobs": None, "max_tokens": 0}).choices[0]
     assert (text.text, text.finish_reason) == ("he", "length")
     assert client.completions.create(model="tiny", prompt="he", seed=1).usage
+
+
+def test_the_collect_client_takes_it_for_a_teacher(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Random weights solve nothing; but every problem gets an answer, and what it used."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    write_jsonl(
+        tmp_path / "problems.jsonl", [Problem(id=str(i), problem=f"{i}+1", answer=str(i + 1)) for i in range(20)]
+    )
+    teacher = TeacherConfig(
+        base_url=url, model="tiny", max_tokens=20, backoff_s=0.1, input_price_usd=0, output_price_usd=1
+    )
+    config = CollectConfig(problems=tmp_path / "problems.jsonl", workdir=tmp_path / "run", teacher=teacher)
+    counts = collect(config)
+    assert sum(counts.values()) == 20
+    assert counts["failed"] == counts["verified"] == 0
+    assert json.loads((config.workdir / "manifest.json").read_text())["cost_usd"] > 0
 
 
 # --- who is refused --------------------------------------------------------------------------------------------------
