@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import resource
 import signal
 import socket
 import sys
@@ -107,6 +108,8 @@ def serve(server: Server, listener: socket.socket, drain_s: int) -> None:
         http.should_exit = True
 
     server.worker.failed = stop
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a file a connection; 1,024 is a usual limit
     # uvicorn raises the signal that ended it once more, for whoever had a handler before: here nobody needs to know
     before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -1,5 +1,6 @@
 """`jaxdistill serve` as a process of its own, over real sockets: by OpenAI's SDK, and by clients that behave badly."""
 
+import collections
 import concurrent.futures
 import contextlib
 import http.client
@@ -19,10 +20,13 @@ from typing import Any
 import openai
 import pytest
 import tiny
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from jaxdistill.collect.run import CollectConfig
 from jaxdistill.collect.run import main as collect
 from jaxdistill.collect.teacher import TeacherConfig
+from jaxdistill.errors import RunError
 from jaxdistill.records import Problem, write_jsonl
 
 HF = tiny.hf_config("qwen3", vocab_size=263, max_position_embeddings=4096)
@@ -37,12 +41,12 @@ HEADERS = {"content-type": "application/json", "authorization": f"Bearer {KEY}"}
 def serving(model: Path, errors: Path, *words: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """A server's base URL and its process, which is killed at the end if it still runs."""
     command = [sys.executable, "-m", "jaxdistill", "serve", "--model", str(model), "--port", "0", "--name", "tiny"]
-    settings = ["--positions", POSITIONS, "--engine.slots", SLOTS, "--engine.compute-dtype", "float32"]
-    settings += ["--engine.steps-per-call", 4, "--engine.page-tokens", 32, "--limits.queue", QUEUE]
+    options = ["--positions", POSITIONS, "--engine.slots", SLOTS, "--engine.compute-dtype", "float32"]
+    options += ["--engine.steps-per-call", 4, "--engine.page-tokens", 32, "--limits.queue", QUEUE]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "SERVE_KEY": KEY}
     with errors.open("w") as file:
         process = subprocess.Popen(
-            [*command, *map(str, settings), "--api-key-env", "SERVE_KEY", *words],
+            [*command, *map(str, options), "--api-key-env", "SERVE_KEY", *words],
             stdout=subprocess.PIPE,
             stderr=file,
             text=True,
@@ -215,12 +219,13 @@ def test_the_collect_client_takes_it_for_a_teacher(url: str, tmp_path: Path, mon
         tmp_path / "problems.jsonl", [Problem(id=str(i), problem=f"{i}+1", answer=str(i + 1)) for i in range(20)]
     )
     teacher = TeacherConfig(
-        base_url=url, model="tiny", max_tokens=20, backoff_s=0.1, input_price_usd=0, output_price_usd=1
+        base_url=url, model="tiny", max_tokens=20, backoff_s=0.1, input_price_usd=0.0, output_price_usd=1.0
     )
     config = CollectConfig(problems=tmp_path / "problems.jsonl", workdir=tmp_path / "run", teacher=teacher)
-    counts = collect(config)
-    assert sum(counts.values()) == 20
-    assert counts["failed"] == counts["verified"] == 0
+    with pytest.raises(RunError, match=r"nothing was kept \(0 verified, \d+ wrong, \d+ truncated, 0 failed"):
+        collect(config)
+    dropped = [json.loads(line) for line in (config.workdir / "dropped.jsonl").read_text().splitlines()]
+    assert len({row["problem_id"] for row in dropped}) == 20
     assert json.loads((config.workdir / "manifest.json").read_text())["cost_usd"] > 0
 
 
@@ -256,6 +261,60 @@ def test_bodies_that_are_refused(url: str, content: bytes, status: int, words: s
     found, told = call(url, "POST", "/v1/chat/completions", content)
     assert found == status
     assert words in told["error"]["message"]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["", "a", "user", "\ud800", "\x00"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "type"]), inner),
+    max_leaves=4,
+)
+SETTINGS = st.fixed_dictionaries(
+    {},
+    optional={
+        "temperature": st.floats(0, 2) | JSON,
+        "top_p": st.floats(0, 1) | JSON,
+        "top_k": st.integers(-1, 2**33) | JSON,
+        "min_p": st.floats(0, 1) | JSON,
+        "presence_penalty": st.floats(-2, 2) | JSON,
+        "frequency_penalty": st.floats(-2, 2) | JSON,
+        "repetition_penalty": st.floats(0, 1e7) | JSON,
+        "n": st.integers(0, 3) | JSON,
+        "seed": st.integers(-(2**64), 2**64) | JSON,
+        "stop": st.sampled_from(["a", ["a", "b"]]) | JSON,
+        "logprobs": st.sampled_from([True, 1]) | JSON,
+        "top_logprobs": st.integers(-1, 21) | JSON,
+        "echo": st.booleans() | JSON,
+        "stream": st.booleans() | JSON,
+    },
+)
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_settings_of_any_value_are_answered_or_refused(url: str, path: str, full_size: bool):
+    """Never a 500, never a hang, and the server is as healthy afterwards."""
+    statuses: collections.Counter[int] = collections.Counter()
+
+    @settings(max_examples=500 if full_size else 50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @given(changes=SETTINGS, prompt=st.sampled_from(["he", [1, 2]]) | JSON, messages=st.just(QUESTION) | JSON)
+    def ask(changes: dict[str, Any], prompt: Any, messages: Any) -> None:
+        subject = {"messages": messages} if "chat" in path else {"prompt": prompt}
+        content = json.dumps({"model": "tiny", "max_tokens": 3, **subject, **changes}).encode()
+        connection = connect(url)
+        try:
+            connection.request("POST", path, content, HEADERS)
+            response = connection.getresponse()
+            told = response.read().decode()
+        finally:
+            connection.close()
+        statuses[response.status] += 1
+        if response.status != 200:
+            assert response.status == 400
+            assert json.loads(told)["error"]["message"]
+
+    ask()
+    assert statuses[200] > 0
+    assert statuses[400] > 0
+    wait_until_idle(url)
 
 
 @pytest.mark.parametrize(
