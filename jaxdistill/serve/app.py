@@ -116,6 +116,8 @@ class Server:
             return Response(status_code=400)  # nobody reads it
         body = parse(kind, raw)
         self._check_name(body.model)
+        prompts = len(body.prompts) if isinstance(body, CompletionBody) else 1
+        self._check_room(prompts * (body.n or 1))  # before the work of tokenizing, and again after it
         try:
             async with self._tokenizing:
                 job = await asyncio.to_thread(self._job, body, started)
