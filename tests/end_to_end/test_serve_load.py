@@ -47,13 +47,13 @@ async def load(url: str, clients: int, seconds: float, seed: int) -> collections
         whole = text.endswith("data: [DONE]\n\n") if body["stream"] else '"usage"' in text
         found["answered" if whole else f"torn: {text[-200:]}"] += 1
 
-    async def client(number: int) -> None:
+    async def client(http: httpx2.AsyncClient, number: int) -> None:
         chance = random.Random(f"{seed}/{number}")
-        async with httpx2.AsyncClient(timeout=300) as http:
-            while time.monotonic() < end:
-                await one(http, chance)
+        while time.monotonic() < end:
+            await one(http, chance)
 
-    await asyncio.gather(*(client(number) for number in range(clients)))
+    async with httpx2.AsyncClient(timeout=300, limits=httpx2.Limits(max_connections=None)) as http:
+        await asyncio.gather(*(client(http, number) for number in range(clients)))
     return found
 
 
