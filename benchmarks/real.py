@@ -28,7 +28,7 @@ from jaxdistill.evaluate.grade import Summary
 from jaxdistill.evaluate.statistics import PairedTest, mcnemar
 from jaxdistill.evaluate.tasks import BOXED_PROMPT
 from jaxdistill.records import Example, Problem
-from jaxdistill.sample.choose import SamplingConfig
+from jaxdistill.sample.request import SamplingConfig
 from jaxdistill.verify import Verifier
 
 ROOT = Path(__file__).parents[1]

@@ -56,6 +56,8 @@ COMMANDS = {
         "jaxdistill.plan.run", "PlanConfig", "recipe + hardware -> fit, speed, cost", False, recipe="train"
     ),
     "sample": Command("jaxdistill.sample.run", "SampleConfig", "checkpoint or Hugging Face folder -> text"),
+    "chat": Command("jaxdistill.sample.chat", "ChatConfig", "talk to a model in this terminal", writes=False),
+    "serve": Command("jaxdistill.serve.run", "ServeConfig", "a model behind OpenAI's API", writes=False),
     "evaluate": Command("jaxdistill.evaluate.run", "EvaluateConfig", "model + task -> scores with intervals"),
     "export": Command("jaxdistill.export", "ExportConfig", "checkpoint -> verified Hugging Face folder"),
     "doctor": Command(

@@ -75,6 +75,7 @@ STORAGE: Mapping[str, MeshAxes] = {
 }
 COMPUTE: Mapping[str, MeshAxes] = {
     "B": ("data", "fsdp"),
+    "P": ("data", "fsdp"),
     "T": "context",
     "F": "tensor",
     "N": "tensor",

@@ -20,3 +20,46 @@ def split(text: str) -> tuple[str | None, str]:
     elif not closed:
         return None, text.strip()
     return reasoning.strip().removeprefix(OPEN).strip(), answer.strip()
+
+
+class Splitter:
+    """Tells reasoning from answer while a text comes; the first closing tag ends the reasoning.
+
+    Args:
+      opened: whether the prompt already ends with the opening tag.
+    """
+
+    def __init__(self, opened: bool):
+        self.thinking: bool | None = True if opened else None  # None: too little has come to tell
+        self._held = ""  # may be the start of a tag
+        self._answered = False  # whether more than space has come after the reasoning
+
+    def add(self, text: str) -> tuple[str, str]:
+        """Further reasoning and further answer."""
+        text, self._held = self._held + text, ""
+        if self.thinking is None:
+            begun = text.lstrip()
+            if OPEN.startswith(begun):
+                self._held = text
+                return "", ""
+            self.thinking = begun.startswith(OPEN)
+            text = begun.removeprefix(OPEN) if self.thinking else text
+        if not self.thinking:
+            return "", self._answer(text)
+        reasoning, closed, answer = text.partition(CLOSE)
+        if closed:
+            self.thinking = False
+            return reasoning, self._answer(answer)
+        start = next((n for n in range(len(CLOSE) - 1, 0, -1) if text.endswith(CLOSE[:n])), 0)
+        self._held = text[len(text) - start :]
+        return text[: len(text) - start], ""
+
+    def end(self) -> tuple[str, str]:
+        """What was held back, once no more comes."""
+        rest, self._held = self._held, ""
+        return (rest, "") if self.thinking else ("", rest)
+
+    def _answer(self, text: str) -> str:
+        text = text if self._answered else text.lstrip()
+        self._answered |= bool(text)
+        return text

@@ -27,7 +27,7 @@ from jaxdistill.optim import OptimConfig
 from jaxdistill.records import Chain, Example, Problem
 from jaxdistill.report import page
 from jaxdistill.report import run as report
-from jaxdistill.sample.choose import SamplingConfig
+from jaxdistill.sample.request import SamplingConfig
 from jaxdistill.train_step import StepConfig
 
 _FAULTS = Faults(rate_limited=0.01, server_error=0.01, truncated=0.03, wrong=0.05)

@@ -23,8 +23,8 @@ from jaxdistill.evaluate import tasks
 from jaxdistill.evaluate.grade import Summary, grade, grader_named, summarize
 from jaxdistill.progress import Progress
 from jaxdistill.records import Completion, Problem
-from jaxdistill.sample.choose import SamplingConfig
-from jaxdistill.sample.engine import Output, Request
+from jaxdistill.sample.engine import EngineConfig
+from jaxdistill.sample.request import Output, Request, SamplingConfig
 from jaxdistill.sample.run import engine_for
 from jaxdistill.sharding import MeshConfig
 from jaxdistill.verify import Verifier
@@ -190,11 +190,12 @@ def _sample(plan: _Plan, left: dict[str, tuple[Problem, int]]) -> Iterator[Compl
     def prompt(problem: Problem) -> tuple[int, ...]:
         return tuple(chat.prompt_tokens(tokenizer, [{"role": "user", "content": plan.task.ask(problem)}]))
 
-    requests = [Request(id_, prompt(problem), plan.seed(id_)) for id_, (problem, _) in left.items()]
+    requests = [Request(id_, prompt(problem), config.sampling, plan.seed(id_)) for id_, (problem, _) in left.items()]
     console = Console(stderr=True)
     columns = (*Progress.get_default_columns(), TextColumn("{task.fields[speed]}"))
     with jax.set_mesh(config.mesh.build()), Progress(*columns, console=console) as progress:
-        engine = engine_for(config.model, tokenizer, config.sampling, requests, config.slots, config.compute_dtype)
+        how = EngineConfig(slots=config.slots, compute_dtype=config.compute_dtype)
+        engine = engine_for(config.model, tokenizer, requests, how)
         if fingerprint(config.model) != plan.weights:
             raise RunError(f"{config.model} was written to while it was read; evaluate it again when it is finished")
         bar = progress.add_task(f"sample {config.task}", total=len(requests), speed="")

@@ -1,287 +1,318 @@
-"""Continuous batching over a fixed set of slots: prompts enter in chunks, decoding runs many steps a call."""
+"""Continuous batching: requests enter and leave slots while others decode, and the devices never wait for the host."""
 
+import collections
 import dataclasses
-from collections import deque
+import itertools
+import os
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
-from jaxtyping import Array, Bool, Int
 
-from jaxdistill import models, sharding
 from jaxdistill.errors import UserError
-from jaxdistill.models import decoder, embedding
+from jaxdistill.models import decoder
 from jaxdistill.models.config import Config
-from jaxdistill.models.layers import rms_norm, rope_angles
 from jaxdistill.sample import cache as kv
-from jaxdistill.sample.choose import SamplingConfig, choose
-from jaxdistill.sharding import spec
+from jaxdistill.sample import programs, transfer
+from jaxdistill.sample.choose import Logprobs
+from jaxdistill.sample.programs import Drawn, Piece
+from jaxdistill.sample.request import Event, Output, Request
+from jaxdistill.sample.schedule import Scheduler, Sequence, Shape
+
+_MEMORY_SHARE = 0.85  # of what a device has left beside the weights, for the cache
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How the sampler uses its devices. None of it changes what a request says."""
+
+    slots: int = 32  # requests decoded at once, rounded up to a multiple of the mesh's data x fsdp
+    cache_tokens: int | None = None  # positions that the cache holds; by default all slots full, or what memory holds
+    page_tokens: int = 128  # positions of a page of the cache; requests share whole pages of their prompts
+    prefill_tokens: int = 128  # prompt tokens read in one call on each device
+    prefill_calls: int = 8  # such calls between two decode calls, so that prompts never stall who decodes
+    steps_per_call: int = 16  # tokens decoded in one call
+    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of weights, cache and activations
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int) and value < 1:
+                raise UserError(f"{field.name} is {value}; expected 1 or more")
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
-    """One prompt to continue."""
+class _Call:
+    """A call that was dispatched, and whose tokens it draws."""
 
-    id: str
-    prompt: tuple[int, ...]
-    seed: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Output:
-    """What a request became; the stop token is not part of the tokens."""
-
-    id: str
-    tokens: tuple[int, ...]
-    finish_reason: Literal["stop", "length"]
-
-
-@struct.dataclass
-class Slots:
-    """Where each slot stands; lives on the devices between calls."""
-
-    token: Int[Array, " B"]  # to be fed next
-    position: Int[Array, " B"]  # of that token
-    produced: Int[Array, " B"]  # output tokens so far
-    seed: Int[Array, " B"]
-    active: Bool[Array, " B"]
-
-
-def forward(
-    params: decoder.Params,
-    cache: kv.Cache,
-    tokens: Int[Array, "B T"],
-    slots: Int[Array, " B"],
-    positions: Int[Array, "B T"],
-    live: Bool[Array, "B T"],
-    c: Config,
-    dtype: Any,
-) -> tuple[Array, kv.Cache]:
-    """Hidden states [B, T, D] of new tokens after what their slots hold, and the cache with them added."""
-    block = models.family(c.model_type).block
-    tokens, positions, live = (sharding.relayout(a, "BT") for a in (tokens, positions, live))
-    angles = rope_angles(positions, c.rope, c.head_dim)
-
-    def layer(carry: tuple[Array, kv.Cache], item: tuple[Any, Array]) -> tuple[tuple[Array, kv.Cache], None]:
-        x, cache = carry
-        w, i = item
-
-        def attend(q: Array, k: Array, v: Array) -> tuple[Array, kv.Cache]:
-            return kv.write_and_attend(q, k, v, cache, i, slots, positions, live)
-
-        return block(x, w, angles, attend, c), None
-
-    x = embedding.lookup(params.embed, tokens, dtype)
-    (x, cache), _ = jax.lax.scan(layer, (x, cache), (params.blocks, jnp.arange(c.layers)))
-    return rms_norm(x, params.final_norm, c.norm_eps), cache
+    members: list[tuple[int, Sequence, int]]  # row, whose, tokens at most
+    drawn: Drawn
+    of_prompts: dict[int, tuple[Sequence, tuple[int, ...]]]  # by row, whose prompt's log-probabilities, and the tokens
+    of_targets: Logprobs | None
 
 
 class Engine:
     """Samples from a model on the current mesh; compiled once for its shapes, used for any number of requests.
 
-    A request's tokens do not depend on its slot or its neighbours: shapes are fixed, rows are independent, and
-    attention adds keys up in an order of its own.
+    A request's tokens do not depend on its slot, its neighbours, or on when it came: shapes are fixed, rows are
+    independent, attention adds keys up in an order of its own, and noise is a function of seed and count.
+
+    Not for several threads; whoever calls it needs the mesh it was made on.
 
     Args:
-      slots: requests decoded at once; a multiple of the mesh's data x fsdp.
+      stop_tokens: of the model; they end every request.
       positions: longest prompt and output together, in tokens.
     """
 
     def __init__(
         self,
         params: decoder.Params,
-        config: Config,
-        sampling: SamplingConfig,
+        model: Config,
         stop_tokens: Iterable[int],
-        slots: int = 32,
-        positions: int = 4096,
-        dtype: Any = jnp.bfloat16,
-        prefill_tokens: int = 128,
-        steps_per_call: int = 32,
+        positions: int,
+        config: EngineConfig = EngineConfig(),
     ):
         mesh = dict(jax.sharding.get_mesh().shape)
-        self.shards = mesh["data"] * mesh["fsdp"]
+        shards = mesh["data"] * mesh["fsdp"]
         if mesh["context"] > 1:
             raise UserError(f"sampling does not split positions: mesh.context is {mesh['context']}, expected 1")
-        if slots % self.shards:
-            raise UserError(f"slots is {slots}; expected a multiple of data x fsdp = {self.shards}")
-        if positions > config.max_positions:
+        if positions > model.max_positions:
             raise UserError(
-                f"{positions} positions were asked for, but the model was made for {config.max_positions}; "
+                f"{positions} positions were asked for, but the model was made for {model.max_positions}; "
                 "use shorter prompts or a smaller max_new_tokens"
             )
-        self.params = jax.tree.map(lambda w: w.astype(dtype), params)
-        self.config, self.sampling, self.dtype = config, sampling, dtype
-        self.slots, self.positions = slots, positions
-        self.prefill_tokens, self.steps_per_call = prefill_tokens, steps_per_call
+        self.model, self.config, self.positions = model, config, positions
         self.stop_tokens = tuple(stop_tokens)
-        self.cache = kv.empty(config, slots, positions, dtype)
-        self._prefill = jax.jit(self._prefill_impl, donate_argnums=1)
-        self._decode = jax.jit(self._decode_impl, donate_argnums=(1, 2))
-
-    def _prefill_impl(
-        self,
-        params: decoder.Params,
-        cache: kv.Cache,
-        tokens: Array,
-        slots: Array,
-        start: Array,
-        count: Array,
-        seed: Array,
-    ) -> tuple[Array, kv.Cache]:
-        """One chunk of one prompt on each shard [shards, T]; the token drawn after it (used if the prompt ends)."""
-        offsets = jnp.arange(tokens.shape[1])
-        positions, live = start[:, None] + offsets, offsets < count[:, None]
-        x, cache = forward(params, cache, tokens, slots, positions, live, self.config, self.dtype)
-        last = jnp.maximum(count - 1, 0)[:, None, None]
-        x = jnp.sum(jnp.where(jnp.arange(x.shape[1])[:, None] == last, x, 0), axis=1, keepdims=True)
-        return self._choose(params, x, seed, jnp.zeros_like(seed)), cache
-
-    def _choose(self, params: decoder.Params, x: Array, seed: Array, produced: Array) -> Array:
-        # One row's vocabulary is gathered: sorting and drawing across shards would cost more
-        logits = jax.sharding.reshard(decoder.logits(params, x)[:, 0], jax.P(*spec("B"), None))
-        return choose(logits, seed, produced, self.sampling)
-
-    def _decode_impl(self, params: decoder.Params, cache: kv.Cache, state: Slots, limit: Array) -> Any:
-        """Up to steps_per_call tokens for every active slot; ends early when none is left."""
-        local = jnp.tile(jnp.arange(self.slots // self.shards), self.shards)
-        rows = jax.sharding.reshard(local, spec("B"))
-        stops = jnp.array(self.stop_tokens, jnp.int32)
-
-        def step(carry: tuple[Array, kv.Cache, Slots, Array]) -> tuple[Array, kv.Cache, Slots, Array]:
-            i, cache, s, out = carry
-            live = s.active[:, None]
-            x, cache = forward(
-                params, cache, s.token[:, None], rows, s.position[:, None], live, self.config, self.dtype
-            )
-            token = self._choose(params, x, s.seed, s.produced)
-            out = jax.lax.dynamic_update_slice_in_dim(out, jnp.where(s.active, token, -1)[None], i, axis=0)
-            stopped = jnp.any(token[:, None] == stops, axis=1)
-            produced = s.produced + s.active
-            s = dataclasses.replace(
-                s,
-                token=token,
-                position=s.position + s.active,
-                produced=produced,
-                active=s.active & ~stopped & (produced < limit),
-            )
-            return i + 1, cache, s, out
-
-        out = jax.lax.full((self.steps_per_call, self.slots), -1, jnp.int32, sharding=out_layout())
-        start = (jnp.zeros((), jnp.int32), cache, state, out)
-        _, cache, state, out = jax.lax.while_loop(
-            lambda carry: (carry[0] < self.steps_per_call) & jnp.any(carry[2].active), step, start
+        self.dtype = jnp.dtype(config.compute_dtype)
+        self.params = programs.per_layer(params, model.layers, self.dtype)
+        slots = -(-config.slots // shards) * shards
+        self.shape = Shape(
+            slots=slots,
+            positions=positions,
+            page_tokens=config.page_tokens,
+            pages=self._pages(slots, shards, mesh["tensor"]),
+            shards=shards,
         )
-        return cache, state, out
+        self.schedule = Scheduler(self.shape)
+        self._cache = kv.empty(model, self.shape.pages * shards, config.page_tokens, self.dtype)
+        self._state = transfer.put(transfer.slots(slots, {}, (), model.vocab, penalties=True))
+        self._reading: dict[int, Sequence] = {}  # whose context each shard reads
+        self._pending: collections.deque[_Call] = collections.deque()
+        self._live: dict[str, Sequence] = {}
+
+    def _pages(self, slots: int, shards: int, tensor: int) -> int:
+        """Pages of the cache on each shard."""
+        size, request = self.config.page_tokens, -(-self.positions // self.config.page_tokens)
+        if self.config.cache_tokens is not None:
+            return self.config.cache_tokens // (size * shards)
+        wanted = slots // shards * request
+        statistics = jax.local_devices()[0].memory_stats()
+        if statistics:
+            free = statistics["bytes_limit"] - statistics["bytes_in_use"]
+        else:  # a CPU, whose devices share the memory
+            free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") // jax.local_device_count()
+        page = kv.page_bytes(self.model, size, self.dtype) // tensor
+        return min(wanted, max(request, int(_MEMORY_SHARE * free) // page))
+
+    # --- what a caller does ------------------------------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request is unfinished."""
+        return bool(self._live)
+
+    def check(self, request: Request) -> None:
+        """Raises UserError where `submit` would."""
+        request.check(self.positions, self.model.vocab, len(self.stop_tokens))
+
+    def submit(self, request: Request) -> None:
+        """Queues a request; `step` tells of its tokens.
+
+        Raises:
+          UserError: it cannot be sampled here, or its id is that of another unfinished one.
+        """
+        self.check(request)
+        if request.id in self._live:
+            raise UserError(f"request {request.id} is there already; expected an id of its own")
+        self._live[request.id] = self.schedule.add(request)
+
+    def cancel(self, id_: str) -> None:
+        """Forgets a request, wherever it is; no event tells of it. Nothing happens if it is finished."""
+        if sequence := self._live.pop(id_, None):
+            sequence.over = True
+            self.schedule.leave(sequence)
+
+    def step(self) -> list[Event]:
+        """Dispatches prompt pieces and one decode call, then reads what was drawn before that call.
+
+        So the devices work on one call while the host deals with the tokens of the last.
+        """
+        self._prefill()
+        events, call = self._decode()
+        while self._pending:
+            events += self._read(self._pending.popleft())
+        if call:
+            self._pending.append(call)
+        return events
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Output]:
         """Yields each request's output as it finishes, in order of finishing.
 
         Raises:
-          UserError: a prompt leaves no room for output, a token is not in the vocabulary, or a seed is out of range;
-            refused before anything is sampled.
+          UserError: a request cannot be sampled here; refused before anything is sampled.
         """
-        queue = deque(requests)
-        for request in queue:
-            if len(request.prompt) >= self.positions or not request.prompt:
-                raise UserError(
-                    f"request {request.id}: the prompt has {len(request.prompt)} tokens; "
-                    f"expected 1 to {self.positions - 1} ({self.positions} positions for prompt and output)"
-                )
-            unknown = [token for token in request.prompt if not 0 <= token < self.config.vocab]
-            if unknown:
-                raise UserError(
-                    f"request {request.id}: token {unknown[0]} is outside the model's vocabulary of "
-                    f"{self.config.vocab}; the tokenizer and the model do not belong together"
-                )
-            if not 0 <= request.seed < 2**31:
-                raise UserError(f"request {request.id}: seed {request.seed}; expected 0 to {2**31 - 1}")
-        yield from _Schedule(self, queue).run()
+        requests = list(requests)
+        for request in requests:
+            self.check(request)
+        said: dict[str, list[Event]] = {}
+        try:
+            for request in requests:
+                self.submit(request)
+                said[request.id] = []
+            while said:
+                for event in self.step():
+                    said[event.id].append(event)
+                    if event.finish_reason:
+                        yield _join(said.pop(event.id))
+        finally:
+            for id_ in said:  # the caller lost interest
+                self.cancel(id_)
 
+    # --- prompts -----------------------------------------------------------------------------------------------------
 
-def out_layout() -> jax.sharding.NamedSharding:
-    """Layout of [steps, B] tokens."""
-    return jax.sharding.NamedSharding(jax.sharding.get_abstract_mesh(), jax.P(None, *spec("B")))
-
-
-class _Schedule:
-    """One call of `generate`: which request sits in which slot, and what it has said."""
-
-    def __init__(self, engine: Engine, queue: deque[Request]):
-        self.engine, self.queue = engine, queue
-        self.slot_of_row: list[Request | None] = [None] * engine.slots
-        self.said: list[list[int]] = [[] for _ in range(engine.slots)]
-        self.host = {
-            name: np.zeros(engine.slots, np.bool_ if name == "active" else np.int32)
-            for name in ("token", "position", "produced", "seed", "active")
-        }
-        self.limit = np.zeros(engine.slots, np.int32)
-
-    def run(self) -> Iterator[Output]:
-        engine = self.engine
-        while self.queue or self.host["active"].any():
-            yield from self._admit()
-            if not self.host["active"].any():
-                continue
-            state = Slots(**{name: sharding.put(values, "B") for name, values in self.host.items()})
-            limit = sharding.put(self.limit, "B")
-            engine.cache, state, out = engine._decode(engine.params, engine.cache, state, limit)
-            tokens = np.asarray(out)
-            self.host = {name: np.array(getattr(state, name)) for name in self.host}
-            for slot, request in enumerate(self.slot_of_row):
-                if request is None:
-                    continue
-                new = tokens[:, slot]
-                self.said[slot] += new[new >= 0].tolist()
-                if not self.host["active"][slot]:
-                    yield self._finish(slot, request)
-
-    def _finish(self, slot: int, request: Request) -> Output:
-        said, self.said[slot], self.slot_of_row[slot] = self.said[slot], [], None
-        stopped = bool(said) and said[-1] in self.engine.stop_tokens
-        return Output(request.id, tuple(said[:-1] if stopped else said), "stop" if stopped else "length")
-
-    def _admit(self) -> Iterator[Output]:
-        """Puts waiting requests into free slots, one on each shard at a time, and reads their prompts."""
-        per_shard = self.engine.slots // self.engine.shards
-        while self.queue:
-            batch: list[tuple[int, int, Request]] = []  # shard, slot, request
-            for shard in range(self.engine.shards):
-                own = range(shard * per_shard, (shard + 1) * per_shard)
-                free = next((slot for slot in own if self.slot_of_row[slot] is None), None)
-                if free is not None and self.queue:
-                    batch.append((shard, free, self.queue.popleft()))
-            if not batch:
+    def _prefill(self) -> None:
+        """Reads prompts, one on each shard at a time, until a decode call is due."""
+        calls = 0
+        while calls < self.config.prefill_calls or not any(s.decoding for s in self.schedule.running()):
+            reading = {shard: s for shard, s in self._reading.items() if s.slot is not None and not s.decoding}
+            for shard in range(self.shape.shards):
+                if shard not in reading and (sequence := self.schedule.admit(shard)):
+                    reading[shard] = sequence
+            self._reading = reading
+            if not reading:
                 return
-            first = self._read_prompts(batch, per_shard)
-            for shard, slot, request in batch:
-                self.slot_of_row[slot] = request
-                self.said[slot] = [int(first[shard])]
-                self.limit[slot] = min(self.engine.sampling.max_new_tokens, self.engine.positions - len(request.prompt))
-                values = (first[shard], len(request.prompt), 1, request.seed)
-                for name, value in zip(("token", "position", "produced", "seed"), values, strict=True):
-                    self.host[name][slot] = value
-                goes_on = first[shard] not in self.engine.stop_tokens and self.limit[slot] > 1
-                self.host["active"][slot] = goes_on
-                if not goes_on:
-                    yield self._finish(slot, request)
+            self._read_pieces(reading)
+            calls += 1
 
-    def _read_prompts(self, batch: list[tuple[int, int, Request]], per_shard: int) -> np.ndarray:
-        """Feeds the prompts chunk by chunk; returns the first output token by shard."""
-        engine, shards, chunk = self.engine, self.engine.shards, self.engine.prefill_tokens
-        first = np.zeros(shards, np.int32)
-        for start in range(0, max(len(r.prompt) for _, _, r in batch), chunk):
-            tokens = np.zeros((shards, chunk), np.int32)
-            slots, count, seed = (np.zeros(shards, np.int32) for _ in range(3))
-            for shard, slot, request in batch:
-                piece = request.prompt[start : start + chunk]
-                tokens[shard, : len(piece)] = piece
-                slots[shard], count[shard], seed[shard] = slot % per_shard, len(piece), request.seed
-            rows = [sharding.put(x, "B") for x in (slots, np.full(shards, start, np.int32), count, seed)]
-            drawn, engine.cache = engine._prefill(engine.params, engine.cache, sharding.put(tokens, "BT"), *rows)
-            ends = count > 0
-            first[ends] = np.asarray(drawn)[ends]
-        return first
+    def _read_pieces(self, sequences: dict[int, Sequence]) -> None:
+        """Dispatches one piece of each context, by shard."""
+        shards, length = self.shape.shards, self.config.prefill_tokens
+        tokens, targets = np.zeros((2, shards, length), np.int32)
+        start, count = np.zeros((2, shards), np.int32)
+        tables = np.zeros((shards, self.shape.request_pages), np.int32)
+        slot = np.full(shards, self.shape.shard_slots, np.int32)
+        of_prompts = {}
+        for row, sequence in sequences.items():
+            assert sequence.slot is not None
+            first = sequence.filled
+            piece = sequence.context[first : first + length]
+            tokens[row, : len(piece)], start[row], count[row] = piece, first, len(piece)
+            tables[row] = self.schedule.tables[sequence.slot]
+            self.schedule.read(sequence, len(piece))
+            if sequence.filled == len(sequence.context):
+                slot[row] = sequence.slot % self.shape.shard_slots
+            following = sequence.request.prompt[first + 1 : first + length + 1]
+            if sequence.request.prompt_logprobs and not sequence.said:
+                targets[row, : len(following)] = following
+                of_prompts[row] = sequence, following
+        ending = {row: s for row, s in sequences.items() if s.filled == len(s.context)}
+        features = transfer.features(ending.values())
+        rows = transfer.slots(shards, ending, self.stop_tokens, self.model.vocab, features.penalties)
+        piece = Piece(tokens, start, count, tables, slot, targets if of_prompts else None)
+        self._cache, self._state, drawn, of_targets = programs.prefill(
+            self.params,
+            self._cache,
+            self._state,
+            *transfer.put((piece, rows)),
+            c=self.model,
+            dtype=self.dtype,
+            features=features,
+        )
+        members = [self._member(row, sequence, 1) for row, sequence in ending.items()]
+        for sequence in ending.values():
+            sequence.decoding = sequence.slot is not None
+        self._pending.append(_Call(members, drawn, of_prompts, of_targets))
+
+    # --- decoding ----------------------------------------------------------------------------------------------------
+
+    def _decode(self) -> tuple[list[Event], _Call | None]:
+        """Dispatches a decode call for whoever can go on; also what was read because pages ran out."""
+        events: list[Event] = []
+        most_steps = self.config.steps_per_call
+        if not self.schedule.reserve(most_steps, preempt=False):
+            while self._pending:
+                events += self._read(self._pending.popleft())
+            self.schedule.reserve(most_steps, preempt=True)
+        going = [s for s in self.schedule.running() if s.decoding]
+        if not going:
+            return events, None
+        steps = min(most_steps, max(s.left for s in going))
+        keep = np.zeros(self.shape.slots, np.bool_)
+        keep[[s.slot for s in going if s.slot is not None]] = True
+        self._cache, self._state, drawn = programs.decode(
+            self.params,
+            self._cache,
+            self._state,
+            *transfer.put((self.schedule.tables.copy(), keep)),
+            np.int32(steps),
+            c=self.model,
+            dtype=self.dtype,
+            features=transfer.features(going),
+            most_steps=most_steps,
+        )
+        members = [self._member(s.slot, s, min(steps, s.left)) for s in going if s.slot is not None]
+        return events, _Call(members, drawn, {}, None)
+
+    def _member(self, row: int, sequence: Sequence, tokens: int) -> tuple[int, Sequence, int]:
+        """Counts tokens that a call draws; a sequence that is sure to be at its limit then makes room at once."""
+        sequence.ahead += tokens
+        if not sequence.left:
+            self.schedule.leave(sequence)
+        return row, sequence, tokens
+
+    # --- what was drawn ----------------------------------------------------------------------------------------------
+
+    def _read(self, call: _Call) -> list[Event]:
+        """Waits for a call, and tells what its members said."""
+        for row, (sequence, following) in call.of_prompts.items():
+            assert call.of_targets is not None
+            at = (row, slice(len(following)))
+            sequence.prompt_logprobs += transfer.logprobs(call.of_targets, following, at)
+        tokens, events = np.asarray(call.drawn.tokens), []
+        for row, sequence, most in call.members:
+            sequence.ahead -= most
+            if not sequence.over:
+                new = tokens[tokens[:, row] >= 0, row].tolist()
+                events.append(self._event(sequence, new, row, call.drawn.logprobs))
+        return events
+
+    def _event(self, sequence: Sequence, new: list[int], row: int, found: Logprobs | None) -> Event:
+        request, first = sequence.request, not sequence.said
+        sequence.said += new
+        stopped = new[-1] in self.stop_tokens or new[-1] in request.stop_tokens
+        if stopped or len(sequence.said) == sequence.limit:
+            sequence.over = True
+            self.schedule.leave(sequence)
+            del self._live[request.id]
+        if stopped:
+            new = new[:-1]
+        return Event(
+            request.id,
+            tuple(new),
+            transfer.logprobs(found, new, (slice(len(new)), row)) if found is not None and request.logprobs else (),
+            tuple(sequence.prompt_logprobs) if first else (),
+            ("stop" if stopped else "length") if sequence.over else None,
+        )
+
+
+def _join(events: list[Event]) -> Output:
+    """All that was told of one request."""
+    tokens, logprobs, of_prompt = (
+        tuple(itertools.chain(*parts))
+        for parts in zip(*[(e.tokens, e.logprobs, e.prompt_logprobs) for e in events], strict=True)
+    )
+    reason = events[-1].finish_reason
+    assert reason is not None
+    return Output(events[-1].id, tokens, reason, logprobs, of_prompt)

@@ -12,8 +12,8 @@ from jaxdistill import manifest
 from jaxdistill.checkpoint import base_of, load_model
 from jaxdistill.data import chat
 from jaxdistill.errors import UserError
-from jaxdistill.sample.choose import SamplingConfig
-from jaxdistill.sample.engine import Engine, Request
+from jaxdistill.sample.engine import Engine, EngineConfig
+from jaxdistill.sample.request import Request, SamplingConfig
 from jaxdistill.sharding import MeshConfig
 
 
@@ -42,9 +42,13 @@ def main(config: SampleConfig) -> list[dict[str, str | int]]:
     model, workdir = config.model, config.workdir
     tokenizer = chat.load_tokenizer(base_of(model))
     conversations = [chat.prompt_tokens(tokenizer, [{"role": "user", "content": text}]) for text in config.prompts]
-    requests = [Request(str(i), tuple(tokens), config.seed + i) for i, tokens in enumerate(conversations)]
+    requests = [
+        Request(str(i), tuple(tokens), config.sampling, config.seed + i) for i, tokens in enumerate(conversations)
+    ]
     with jax.set_mesh(config.mesh.build()):
-        engine = engine_for(model, tokenizer, config.sampling, requests, config.slots, config.compute_dtype)
+        engine = engine_for(
+            model, tokenizer, requests, EngineConfig(slots=config.slots, compute_dtype=config.compute_dtype)
+        )
         outputs = {output.id: output for output in engine.generate(requests)}
     rows = []
     for i, prompt in enumerate(config.prompts):
@@ -61,23 +65,18 @@ def main(config: SampleConfig) -> list[dict[str, str | int]]:
     return rows
 
 
-def engine_for(
-    model: Path, tokenizer: Any, sampling: SamplingConfig, requests: Sequence[Request], slots: int, dtype: str
-) -> Engine:
-    """An engine on the current mesh with a model's weights, and room for each of these requests.
+def engine_for(model: Path, tokenizer: Any, requests: Sequence[Request], config: EngineConfig) -> Engine:
+    """An engine on the current mesh with a model's weights, and room for each of these requests."""
+    positions = max(len(request.prompt) + request.sampling.max_new_tokens for request in requests)
+    return load_engine(model, tokenizer, positions, config)
+
+
+def load_engine(model: Path, tokenizer: Any, positions: int | None, config: EngineConfig) -> Engine:
+    """An engine on the current mesh with a model's weights.
 
     Args:
-      slots: at least as many; rounded up to a multiple of the mesh's data x fsdp.
+      positions: longest prompt and output together; by default all the model was made for.
     """
-    mesh = jax.sharding.get_mesh().shape
-    shards = mesh["data"] * mesh["fsdp"]
-    params, c = load_model(model, dtype=jnp.dtype(dtype))  # no float32 copy beside the one that samples
-    return Engine(
-        params,
-        c,
-        sampling,
-        chat.end_tokens(tokenizer, base_of(model)),
-        slots=-(-slots // shards) * shards,
-        positions=max(len(request.prompt) for request in requests) + sampling.max_new_tokens,
-        dtype=jnp.dtype(dtype),
-    )
+    params, c = load_model(model, dtype=jnp.dtype(config.compute_dtype))  # no float32 copy beside the one that samples
+    stops = chat.end_tokens(tokenizer, base_of(model))
+    return Engine(params, c, stops, c.max_positions if positions is None else positions, config)

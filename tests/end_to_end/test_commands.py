@@ -17,7 +17,7 @@ from jaxdistill.errors import RunError, UserError
 from jaxdistill.evaluate import run as evaluate
 from jaxdistill.evaluate.grade import grade
 from jaxdistill.sample import run as sample
-from jaxdistill.sample.choose import SamplingConfig
+from jaxdistill.sample.request import SamplingConfig
 from jaxdistill.verify import Verifier
 
 HF = tiny.hf_config("qwen3", vocab_size=512)  # the tokenizer has 263 tokens

@@ -13,8 +13,8 @@ import tiny
 from jaxdistill import hf, sharding
 from jaxdistill.data import chat
 from jaxdistill.models import decoder
-from jaxdistill.sample.choose import SamplingConfig
-from jaxdistill.sample.engine import Engine, Request
+from jaxdistill.sample.engine import Engine, EngineConfig
+from jaxdistill.sample.request import Request, SamplingConfig
 
 POSITIONS, CHUNK = 4096, 512
 NEW_TOKENS = 256
@@ -95,9 +95,8 @@ def test_greedy_tokens(smollm2: Path, theirs: Any, tokenizer: Any, capsys: pytes
     assert len(expected) == NEW_TOKENS
     with tiny.mesh(), jax.default_matmul_precision("highest"):
         params, c = hf.load(smollm2)
-        sampling = SamplingConfig(max_new_tokens=NEW_TOKENS)
-        engine = Engine(params, c, sampling, stop_tokens=(), slots=2, positions=512, dtype=jnp.float32)
-        (output,) = engine.generate([Request("r", tuple(prompt))])
+        engine = Engine(params, c, (), positions=512, config=EngineConfig(slots=2, compute_dtype="float32"))
+        (output,) = engine.generate([Request("r", tuple(prompt), SamplingConfig(max_new_tokens=NEW_TOKENS))])
     assert output.finish_reason == "length"
     for step, (ours, logits) in enumerate(zip(output.tokens, out.logits, strict=True)):
         best, second = logits[0].topk(2).values.tolist()

@@ -27,6 +27,7 @@ ARRAYS = (
     ("compiler", "models", "loss", "optim", "optim_state", "data", "train_step"),
     ("hf", "checkpoint", "export"),
     ("sample",),
+    ("serve",),
     ("evaluate",),
     ("train_config", "train"),
     ("plan", "doctor"),
