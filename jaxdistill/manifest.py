@@ -165,9 +165,9 @@ def cleared_of(path: Path) -> frozenset[str]:
     if record.get("decontaminated"):
         return frozenset(record["decontaminated"].values())
     checked: frozenset[str] | None = None
-    for name, fingerprint in record.get("inputs", {}).items():
+    for name, recorded in record.get("inputs", {}).items():
         source = Path(name)
-        if source == path or fingerprint(source) != fingerprint:
+        if source == path or fingerprint(source) != recorded:
             return frozenset()
         found = cleared_of(source)
         checked = found if checked is None else checked & found

@@ -212,7 +212,6 @@ def to_json(row: Any) -> str:
 def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Any]) -> int:
     """Writes rows and returns their number; the file appears whole or not at all."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     count = 0
     with whole_file(path) as lines:
         for row in rows:
@@ -224,6 +223,7 @@ def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Any]) -> int:
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[IO[str]]:
     """A text file to write that appears whole, or not at all where the block raises."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as text:
         yield text

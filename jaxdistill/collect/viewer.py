@@ -5,8 +5,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import jinja2
-
+from jaxdistill import html
 from jaxdistill.collect.calls import Call, Judged
 from jaxdistill.collect.ledger import Ledger
 from jaxdistill.collect.prices import NANO
@@ -40,20 +39,8 @@ def write(path: Path, title: str, facts: list[str], results: Iterable[tuple[Call
         problems.append({**row, "answers": answers, "verified": verified})
     left = sum(1 for _ in groups)
     shown = f"{len(problems)} problems" + (f"; {left} more are in the files beside this page" if left else "")
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("viewer.html.jinja").render(
-        title=title, facts=facts, problems=problems, shown=shown
-    )
-    partial = path.with_name(path.name + ".partial")
-    # A model may write half an emoji, which UTF-8 cannot hold: it becomes a reference that browsers show as U+FFFD.
-    partial.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
-    partial.replace(path)
+    template = Path(__file__).with_name("viewer.html.jinja")
+    html.write(path, template, title=title, facts=facts, problems=problems, shown=shown)
 
 
 def _show(call: Call, judged: Judged, ledger: Ledger) -> Shown:

@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import jinja2
-
+from jaxdistill import html
 from jaxdistill.curate.rules import RULES
 from jaxdistill.curate.statistics import Statistics, ordered
-from jaxdistill.records import whole_file
 
 if TYPE_CHECKING:
     from jaxdistill.curate.run import CurateConfig
@@ -20,16 +18,11 @@ _SHOWN_BINS, _SHOWN_CHARACTERS = 24, 1500
 
 def write(path: Path, config: "CurateConfig", counts: Mapping[str, int], statistics: Statistics) -> None:
     """Writes the page; the file appears whole or not at all."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     found = _statements({row.place for rows in statistics.samples.values() for row in rows})
     histograms = {name: dict(list(ordered(bins).items())[:_SHOWN_BINS]) for name, bins in statistics.histograms.items()}
-    rendered = environment.get_template("page.html.jinja").render(
+    html.write(
+        path,
+        Path(__file__).with_name("page.html.jinja"),
         config=dataclasses.asdict(config),
         counts=dict(counts),
         total=sum(counts.values()),
@@ -39,8 +32,6 @@ def write(path: Path, config: "CurateConfig", counts: Mapping[str, int], statist
         kept=statistics.kept_samples,
         characters=_SHOWN_CHARACTERS,
     )
-    with whole_file(path) as page:
-        page.write(rendered.encode(errors="xmlcharrefreplace").decode())  # half an emoji becomes a reference
 
 
 _MEANINGS = {

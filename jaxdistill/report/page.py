@@ -4,10 +4,9 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
-import jinja2
 from markupsafe import Markup
 
-from jaxdistill import thinking
+from jaxdistill import html, thinking
 from jaxdistill.evaluate.grade import Summary
 from jaxdistill.evaluate.statistics import CONFIDENCE, RESAMPLES
 from jaxdistill.lineage import Lineage
@@ -61,45 +60,19 @@ class Page:
 
 def write(path: Path, page: Page) -> None:
     """Writes the page; the file appears whole or not at all."""
-    write_text(path, _render(page))
-
-
-def write_text(path: Path, html: str) -> None:
-    """Writes HTML; the file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    # A model may write half an emoji, which UTF-8 cannot hold: it becomes a reference that browsers show as U+FFFD.
-    partial.write_text(html, encoding="utf-8", errors="xmlcharrefreplace")
-    partial.replace(path)
-
-
-def environment() -> jinja2.Environment:
-    """Reads the templates of this folder; all text is escaped."""
-    return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-
-
-def _render(page: Page) -> str:
     summaries = {stage.name: stage.summary for stage in page.stages}
-    return (
-        environment()
-        .get_template("page.html.jinja")
-        .render(
-            page=page,
-            kept=KEPT,
-            confidence=CONFIDENCE,
-            resamples=RESAMPLES,
-            parts=_parts,
-            fold_characters=_FOLD_CHARACTERS,
-            loss_plot=Markup(plots.losses(page.losses, page.heldout, [*summaries])),
-            scaling_plot=Markup(plots.inference_time_scaling(summaries) if summaries else ""),
-            pipeline=Markup(graph.pipeline(page.lineage) if page.lineage else ""),
-        )
+    html.write(
+        path,
+        Path(__file__).with_name("page.html.jinja"),
+        page=page,
+        kept=KEPT,
+        confidence=CONFIDENCE,
+        resamples=RESAMPLES,
+        parts=_parts,
+        fold_characters=_FOLD_CHARACTERS,
+        loss_plot=Markup(plots.losses(page.losses, page.heldout, [*summaries])),
+        scaling_plot=Markup(plots.inference_time_scaling(summaries) if summaries else ""),
+        pipeline=Markup(graph.pipeline(page.lineage) if page.lineage else ""),
     )
 
 

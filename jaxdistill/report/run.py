@@ -14,7 +14,7 @@ from jaxdistill.evaluate import tasks
 from jaxdistill.evaluate.grade import Summary
 from jaxdistill.evaluate.run import read_completions
 from jaxdistill.lineage import Lineage, Stage
-from jaxdistill.records import from_dict
+from jaxdistill.records import from_dict, whole_file
 from jaxdistill.report import page, plots
 from jaxdistill.report.answers import Entry
 from jaxdistill.transparency import index
@@ -51,7 +51,8 @@ def main(config: ReportConfig) -> page.Page:
     path = config.workdir / "report.html"
     page.write(path, shown)
     assert shown.transparency is not None
-    page.write_text(config.workdir / "transparency.yaml", index.dump(shown.transparency.work))
+    with whole_file(config.workdir / "transparency.yaml") as file:
+        file.write(index.dump(shown.transparency.work))
     manifest.write_config(config.workdir, config)
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"transparency: {shown.transparency.score.total} of 100, open answers in transparency.yaml beside it")

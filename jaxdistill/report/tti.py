@@ -9,9 +9,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from jaxdistill import lineage
+from jaxdistill import html, lineage
 from jaxdistill.errors import UserError
-from jaxdistill.report import page, plots
+from jaxdistill.records import whole_file
+from jaxdistill.report import plots
 from jaxdistill.report.answers import Entry
 from jaxdistill.transparency import index
 from jaxdistill.transparency import run as own
@@ -68,7 +69,8 @@ def run(config: RunConfig) -> Entry:
     entry = Entry(work=found, score=index.score(found))
     show(entry)
     if config.output is not None:
-        page.write_text(config.output, index.dump(found))
+        with whole_file(config.output) as file:
+            file.write(index.dump(found))
         Console().print(f"{config.output}: answer what is open, then jaxdistill tti score it", soft_wrap=True)
     return entry
 
@@ -107,24 +109,16 @@ def leaderboard(config: LeaderboardConfig) -> list[Entry]:
     console = Console()
     console.print(table)
     if config.html is not None:
-        page.write_text(config.html, leaderboard_page(entries))
+        write_leaderboard(config.html, entries)
         console.print(f"page: {config.html}", soft_wrap=True)
     return entries
 
 
-def leaderboard_page(entries: Sequence[Entry]) -> str:
-    """The leaderboard as one HTML page that needs no network."""
+def write_leaderboard(path: Path, entries: Sequence[Entry]) -> None:
+    """Writes the leaderboard as one HTML page that needs no network."""
     scores: Mapping[str, Score] = {entry.work.name: entry.score for entry in entries}
-    return (
-        page.environment()
-        .get_template("leaderboard.html.jinja")
-        .render(
-            entries=entries,
-            dimensions=DIMENSIONS,
-            most=_most(),
-            plot=Markup(plots.transparency(scores)),
-        )
-    )
+    template, plot = Path(__file__).with_name("leaderboard.html.jinja"), Markup(plots.transparency(scores))
+    html.write(path, template, entries=entries, dimensions=DIMENSIONS, most=_most(), plot=plot)
 
 
 def _most() -> dict[str, int]:
