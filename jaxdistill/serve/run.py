@@ -22,6 +22,10 @@ from jaxdistill.serve.gate import Limits
 from jaxdistill.serve.worker import Worker
 from jaxdistill.sharding import MeshConfig
 
+# Longer than clients keep an idle connection (httpx 5 s, aiohttp 15 s): a server that closes it first does so, now and
+# then, just when the next call is on its way, and that call is lost.
+_KEEP_ALIVE_S = 75
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ServeConfig:
@@ -100,7 +104,13 @@ def serve(server: Server, listener: socket.socket, drain_s: int) -> None:
       RunError: the engine failed.
     """
     config = uvicorn.Config(
-        server.app, log_level="warning", access_log=False, lifespan="on", timeout_graceful_shutdown=drain_s, ws="none"
+        server.app,
+        log_level="warning",
+        access_log=False,
+        lifespan="on",
+        ws="none",
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_graceful_shutdown=drain_s,
     )
     http = uvicorn.Server(config)
 

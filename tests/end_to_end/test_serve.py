@@ -327,7 +327,7 @@ def test_settings_of_any_value_are_answered_or_refused(url: str, path: str, full
         ([2**70], "outside the model's vocabulary"),
         ([263], "token 263 is outside the model's vocabulary of 263"),
         ({"a": 1}, "prompt"),
-        ([[1]] * 20_000, "asks for 20000 samples; this server takes 16 at once"),
+        ([[1]] * 10_000, "asks for 10000 samples; this server takes 16 at once"),
     ],
 )
 def test_prompts_that_are_refused(url: str, prompt: Any, words: str):
