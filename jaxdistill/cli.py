@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
 import tyro
-from rich.console import Console
 from rich.text import Text
 
 from jaxdistill import manifest
 from jaxdistill.errors import FAILED, MISTAKE, PREEMPTED, PreemptedError, RunError, UserError
+from jaxdistill.progress import say
 
 
 class Command(NamedTuple):
@@ -131,7 +131,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     config, leads = None, True
     try:
-        if rest and f"{name} {rest[0]}" in COMMANDS:  # refine has methods
+        if rest and f"{name} {rest[0]}" in COMMANDS:  # of two words
             name, rest = f"{name} {rest[0]}", rest[1:]
         if name not in COMMANDS:
             raise UserError(f"no command {name!r}; expected one of {', '.join(COMMANDS)}")
@@ -160,8 +160,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    text = Text.assemble(("error:", "bold red"), " ", message)  # not markup: rich would take [B, T] for a style
-    Console(stderr=True, highlight=False, soft_wrap=True).print(text)
+    say(Text.assemble(("error:", "bold red"), " ", message))
     raise SystemExit(code)
 
 

@@ -16,4 +16,4 @@ OPTIONS: Mapping[str, Mapping[str, str]] = {
 def options(device: Any) -> dict[str, str]:
     """What to compile a program for this device with; nothing for those without an entry."""
     chip = chips.of_device(device.device_kind)
-    return dict(OPTIONS.get(chip.name, {})) if chip and device.platform == "tpu" else {}
+    return dict(OPTIONS.get(chip.name, {})) if chip else {}

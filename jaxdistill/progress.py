@@ -1,4 +1,4 @@
-"""How long work shows that it goes on: a bar on a terminal, plain lines in a file or a batch job's log."""
+"""How work shows that it goes on, a bar on a terminal and plain lines in a file or a batch job's log; what it says."""
 
 import datetime
 import time
@@ -6,8 +6,14 @@ from typing import Any
 
 import rich.progress
 from rich.console import Console
+from rich.text import Text
 
 _EVERY_S = 30.0  # seconds between two lines
+
+
+def say(words: str | Text) -> None:
+    """Tells the user a line on standard error, as it is: nothing in it is markup, and it is not wrapped."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(words if isinstance(words, Text) else Text(words))
 
 
 class Progress(rich.progress.Progress):

@@ -1,4 +1,4 @@
-"""The configuration of a training run, and the checks that need neither its data nor its weights."""
+"""The configuration of a training run, and what is checked before its data is tokenized or its weights are read."""
 
 import dataclasses
 import math
@@ -119,8 +119,13 @@ def check_decontaminated(config: TrainConfig) -> None:
     for held in config.evaluation_sets:
         if not held.is_file():
             raise UserError(f"{held}: no such file; evaluation_sets names files of evaluation problems")
-        for phase in config.phases:
-            if not config.allow_contamination and manifest.file_hash(held) not in manifest.cleared_of(phase.examples):
+    if config.allow_contamination or not config.evaluation_sets:
+        return
+    hashes = {held: manifest.file_hash(held) for held in config.evaluation_sets}
+    for phase in config.phases:
+        cleared = manifest.cleared_of(phase.examples)  # reads all that the examples came from
+        for held, hash_ in hashes.items():
+            if hash_ not in cleared:
                 raise UserError(
                     f"{phase.examples} was not checked against {held}, by its manifests; run `jaxdistill curate` (or "
                     "`jaxdistill refine import`) with it among its evaluation_sets, or say --allow-contamination"

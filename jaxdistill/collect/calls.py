@@ -75,16 +75,19 @@ class Judged:
 def judge(call: Call, outcome: Response | Failure, verifier: Verifier) -> Judged:
     """Whether an answer is whole and right, or what is wrong with it."""
     reply, whole = read_whole(outcome)
-    if reply is None:
-        return whole
-    found = {"usage": whole.usage, "nano": whole.nano}
+    return whole if reply is None else judge_whole(call, reply, whole, verifier)
+
+
+def judge_whole(call: Call, reply: Reply, whole: Judged, verifier: Verifier) -> Judged:
+    """What `read_whole` found, with whether the answer is right."""
     assert call.problem.answer is not None
     verdict = verifier.verify(reply.text, call.problem.answer)
     flags = ("two_answers",) if boxes_differ(reply.text, verifier) else ()
+    found = dataclasses.replace(whole, verdict=verdict, flags=flags)
     if verdict.label == "correct":
-        return Judged(reason=None, verdict=verdict, flags=flags, **found)
+        return found
     detail = f"rule {verdict.rule}: found {verdict.extracted!r}, gold answer {call.problem.answer!r}"
-    return Judged(reason=verdict.label, detail=detail, verdict=verdict, flags=flags, **found)
+    return dataclasses.replace(found, reason=verdict.label, detail=detail)
 
 
 def read_whole(outcome: Response | Failure) -> tuple[Reply | None, Judged]:

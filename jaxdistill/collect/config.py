@@ -4,11 +4,11 @@ import dataclasses
 import datetime
 from pathlib import Path
 
-from rich.console import Console
 from rich.text import Text
 
 from jaxdistill.collect.teacher import Teacher, TeacherConfig, is_loopback, read_key
 from jaxdistill.errors import UserError
+from jaxdistill.progress import say
 
 LEDGER = "ledger.sqlite"
 
@@ -56,11 +56,10 @@ def ready(config: RunConfig) -> Teacher:
             f"budget_usd cannot hold without a price for {config.teacher.model}; give --teacher.input-price-usd and "
             "--teacher.output-price-usd, or --budget-tokens instead"
         )
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
     for warning in teacher.warnings(datetime.date.today()):
-        console.print(Text.assemble(("warning:", "bold yellow"), " ", warning))
+        say(Text.assemble(("warning:", "bold yellow"), " ", warning))
     first = not (config.workdir / LEDGER).exists()
     if first and not is_loopback(config.teacher.base_url):
         terms = teacher.profile.terms or "read the provider's terms on training on outputs before you do"
-        console.print(Text(f"asking {config.teacher.model} at {config.teacher.base_url}; {terms}"))
+        say(f"asking {config.teacher.model} at {config.teacher.base_url}; {terms}")
     return teacher

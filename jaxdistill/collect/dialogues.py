@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Literal
 
-from jaxdistill.collect.calls import Call, Judged, judge, read_whole
+from jaxdistill.collect.calls import Call, Judged, judge_whole, read_whole
 from jaxdistill.collect.prices import NANO
 from jaxdistill.collect.prompting import COLLECT_PROMPTS, fill, prompt_id, read_prompt
 from jaxdistill.collect.reply import Reply
@@ -70,7 +70,7 @@ class Dialogues:
             return whole
         self._replies[call.id] = reply
         if not _is_review(call):
-            return judge(call, outcome, verifier)
+            return judge_whole(call, reply, whole, verifier)
         step = _named_step(reply)
         if step is None or (step == 0 and self._method == "journey"):
             return dataclasses.replace(whole, reason="failed", detail="the review names no wrong step")

@@ -5,9 +5,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.text import Text
-
 from jaxdistill.collect.board import dollars
 from jaxdistill.collect.calls import Call, Judged
 from jaxdistill.collect.campaign import INTERRUPTED, OVER_BUDGET
@@ -16,6 +13,7 @@ from jaxdistill.collect.prices import NANO
 from jaxdistill.collect.sampling import Plan
 from jaxdistill.collect.teacher import Teacher
 from jaxdistill.errors import RunError, UserError
+from jaxdistill.progress import say
 
 
 def costs(account: Account, sampling: Plan, teacher: Teacher) -> dict[str, Any]:
@@ -47,7 +45,7 @@ def conclude(
     numbers = ", ".join(f"{count} {name}" for name, count in counts.items())
     receipts = kept.with_name("dropped.jsonl")
     line = f"{command}: {numbers}; kept in {kept}, a reason for every other in {receipts}; {dollars(account)}"
-    Console(stderr=True, highlight=False, soft_wrap=True).print(Text(line))
+    say(line)
     if ended == INTERRUPTED:
         raise RunError("interrupted; run the same command again to go on")
     if ended == OVER_BUDGET:

@@ -7,14 +7,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from rich.console import Console
-from rich.text import Text
-
 from jaxdistill.curate.contamination import EvaluationIndex, Read, read_evaluation_sets, read_rows
 from jaxdistill.curate.formats import to_example
 from jaxdistill.curate.reading import Dropped
 from jaxdistill.errors import RunError, UserError
 from jaxdistill.manifest import decontamination, write_config, write_manifest
+from jaxdistill.progress import say
 from jaxdistill.records import Example, to_json, whole_file
 from jaxdistill.verify import VerifierPool
 
@@ -71,12 +69,7 @@ def main(config: ImportConfig) -> Mapping[str, int]:
     facts = {"shapes": dict(shapes), "decontaminated": decontamination(config.evaluation_sets)}
     write_manifest(config.workdir, "import", [*config.inputs, *config.evaluation_sets], counts, **facts)
     numbers = ", ".join(f"{number} {name}" for name, number in counts.items())
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    console.print(
-        Text(
-            f"import: {numbers}; kept in {config.workdir / 'examples.jsonl'}, a reason for every other in dropped.jsonl"
-        )
-    )
+    say(f"import: {numbers}; kept in {config.workdir / 'examples.jsonl'}, a reason for every other in dropped.jsonl")
     if not counts["kept"]:
         raise RunError(f"nothing was kept ({numbers}), first because of: {first}")
     return counts

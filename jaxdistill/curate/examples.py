@@ -5,12 +5,10 @@ import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from rich.console import Console
-from rich.text import Text
-
 from jaxdistill import thinking
 from jaxdistill.errors import UserError
 from jaxdistill.manifest import write_config, write_manifest
+from jaxdistill.progress import say
 from jaxdistill.records import Chain, Example, Problem, read_jsonl, write_jsonl
 
 
@@ -36,9 +34,7 @@ def main(config: ExamplesConfig) -> int:
     count = write_jsonl(path, chains_to_examples(itertools.chain([first], chains)))
     write_config(config.workdir, config)
     write_manifest(config.workdir, "examples", [config.chains], {"examples": count})
-    Console(stderr=True, highlight=False, soft_wrap=True).print(
-        Text(f"examples: {count} from {config.chains} in {path}")
-    )
+    say(f"examples: {count} from {config.chains} in {path}")
     return count
 
 

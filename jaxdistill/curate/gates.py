@@ -6,12 +6,11 @@ from collections import Counter
 from jaxdistill import thinking
 from jaxdistill.collect.calls import Reason
 from jaxdistill.curate.choices import answer_letter, chosen_option, find_choices, open_question
-from jaxdistill.curate.text import DRAWING, language, math_spans, named_numbers, numbers, prose
+from jaxdistill.curate.text import CODE, DRAWING, language, math_spans, named_numbers, numbers, prose
 from jaxdistill.records import Problem
 from jaxdistill.verify import Verifier, boxed_answers, extract_answer
 
 _TAGS = (thinking.OPEN, thinking.CLOSE)
-_CODE = re.compile(r"```.*?```", re.DOTALL)
 
 
 def reformat_gate(problem: Problem, question: str, solution: str, verifier: Verifier) -> tuple[Reason, str] | None:
@@ -69,7 +68,7 @@ def translation_gate(source: str, translation: str, target: str) -> tuple[Reason
         return "wrong_language", f"the translation is {found}, expected {target}"
     if target == "zh" and (left := _ENGLISH.findall(prose(translation))):
         return "wrong_language", f"English is left in it: {', '.join(sorted(set(left))[:5])}"
-    for name, pattern in (("code", _CODE), ("a drawing", DRAWING)):
+    for name, pattern in (("code", CODE), ("a drawing", DRAWING)):
         if [m[0] for m in pattern.finditer(source)] != [m[0] for m in pattern.finditer(translation)]:
             return "code_changed", f"{name} differs"
     if [source.count(tag) for tag in _TAGS] != [translation.count(tag) for tag in _TAGS]:

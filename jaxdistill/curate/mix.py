@@ -7,12 +7,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from rich.console import Console
-from rich.text import Text
-
 from jaxdistill.curate.text import language
 from jaxdistill.errors import UserError
 from jaxdistill.manifest import write_config, write_manifest
+from jaxdistill.progress import say
 from jaxdistill.records import Example, read_jsonl, whole_file
 
 
@@ -68,8 +66,7 @@ def main(config: MixConfig) -> Mapping[str, int]:
     counts = {"kept": len(kept), **dict(sorted(languages.items())), "without_pair": len(rows) - len(kept)}
     write_manifest(config.workdir, "mix", config.examples, counts)
     numbers = ", ".join(f"{count} {name}" for name, count in counts.items())
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    console.print(Text(f"mix: {numbers} in {config.workdir / 'examples.jsonl'}"))
+    say(f"mix: {numbers} in {config.workdir / 'examples.jsonl'}")
     return counts
 
 

@@ -8,9 +8,6 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from rich.console import Console
-from rich.text import Text
-
 from jaxdistill.curate import page
 from jaxdistill.curate.choices import open_question
 from jaxdistill.curate.contamination import EvaluationIndex, read_evaluation_sets, read_rows
@@ -22,6 +19,7 @@ from jaxdistill.curate.statistics import Statistics
 from jaxdistill.curate.text import tokens
 from jaxdistill.errors import UserError
 from jaxdistill.manifest import decontamination, write_config, write_json, write_manifest
+from jaxdistill.progress import say
 from jaxdistill.records import Problem, to_json, whole_file
 
 
@@ -67,17 +65,20 @@ def main(config: CurateConfig) -> Mapping[str, int]:
     with contextlib.ExitStack() as stack:
         receipts = stack.enter_context(whole_file(config.workdir / "dropped.jsonl"))
         candidates = stack.enter_context(_Candidates(config.workdir))
+
+        def drop(row: Dropped) -> None:
+            receipts.write(to_json(row) + "\n")
+            statistics.drop(row)
+
         for kept in _rows(config, index):
             if isinstance(kept, Dropped):
-                receipts.write(to_json(kept) + "\n")
+                drop(kept)
             else:
                 candidates.add(*kept)
-            statistics.see(kept)
         result = stack.enter_context(whole_file(config.workdir / "problems.jsonl"))
         for row in candidates.distinct(config.duplicate_jaccard):
             if isinstance(row, Dropped):
-                receipts.write(to_json(row) + "\n")
-                statistics.see(row)
+                drop(row)
             else:
                 result.write(to_json(row) + "\n")
                 statistics.keep(row)
@@ -176,13 +177,10 @@ def _spelled(answer: str) -> list[str]:
 
 
 def _conclude(config: CurateConfig, counts: Mapping[str, int], statistics: Statistics) -> None:
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
     for row in statistics.samples.get("malformed", ())[:3]:
-        console.print(Text(f"malformed: {row.place}: {row.detail}"))
+        say(f"malformed: {row.place}: {row.detail}")
     numbers = ", ".join(f"{count} {name}" for name, count in counts.items())
     line = f"curate: {numbers}; kept in {config.workdir / 'problems.jsonl'}, a reason for every other in dropped.jsonl"
-    console.print(Text(line))
+    say(line)
     if not config.evaluation_sets:
-        console.print(
-            Text("curate: no evaluation_sets were given: training asks for data that was checked against them")
-        )
+        say("curate: no evaluation_sets were given: training asks for data that was checked against them")

@@ -5,12 +5,10 @@ import heapq
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from rich.console import Console
-from rich.text import Text
-
 from jaxdistill.curate.reflection import reflect
 from jaxdistill.errors import UserError
 from jaxdistill.manifest import write_config, write_manifest
+from jaxdistill.progress import say
 from jaxdistill.records import Example, read_jsonl, write_jsonl
 
 
@@ -71,8 +69,7 @@ def main(config: SelectConfig) -> Mapping[str, int]:
     counts = {"kept": len(chosen), "less_reflective": len(rows) - len(chosen) - short, "too_short": short}
     least = min((row.score for row in rows if row.chosen), default=0.0)
     write_manifest(config.workdir, "select", [config.examples], counts, least_score=least)
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    console.print(Text(f"select: {len(chosen)} of {len(rows)} examples, scores from {least:.1f} per 1,000 tokens"))
+    say(f"select: {len(chosen)} of {len(rows)} examples, scores from {least:.1f} per 1,000 tokens")
     return counts
 
 

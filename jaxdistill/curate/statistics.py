@@ -30,10 +30,8 @@ class Statistics:
     def __post_init__(self) -> None:
         self._random = random.Random(self.seed)
 
-    def see(self, row: Dropped | Any) -> None:
-        """Counts a dropped row; anything else is counted when it is kept."""
-        if not isinstance(row, Dropped):
-            return
+    def drop(self, row: Dropped) -> None:
+        """Counts a dropped row."""
         self.dropped[row.reason] += 1
         self._sample(self.samples.setdefault(row.reason, []), row, self.dropped[row.reason])
 

@@ -35,7 +35,7 @@ _SYMBOLS = str.maketrans(
 _SPACING = re.compile(r"\\[,;:! ]|\\\\|[~&$]|\\[()\[\]]|\{,\}")
 _GROUPED = re.compile(r"(?<=\d)(?:,|\{,\}|,\\!|\\,)(?=\d{3}(?!\d))")
 _TOKEN = re.compile(r"[a-z]+|\d+(?:\.\d+)?|[\u3400-\u9fff]|<=|>=|!=|->|[-+*/=<>^|!()\[\]%]")
-_CODE = re.compile(r"```.*?```", re.DOTALL)
+CODE = re.compile(r"```.*?```", re.DOTALL)
 _HAN = re.compile(r"[\u3400-\u9fff]")
 _LETTERS = re.compile(r"[^\W\d_]")
 _KANA_OR_HANGUL = re.compile(r"[\u3040-\u30ff\uac00-\ud7af]")
@@ -122,7 +122,7 @@ def math_spans(text: str) -> list[str]:
 
 def prose(text: str) -> str:
     """The text without formulas, drawings, code and commands."""
-    return re.sub(r"\\[a-zA-Z]+", " ", _CODE.sub(" ", MATH.sub(" ", without_drawings(text))))
+    return re.sub(r"\\[a-zA-Z]+", " ", CODE.sub(" ", MATH.sub(" ", without_drawings(text))))
 
 
 def language(text: str) -> str:

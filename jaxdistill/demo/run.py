@@ -25,7 +25,7 @@ from jaxdistill.local_teacher.answers import Faults
 from jaxdistill.local_teacher.server import TeacherOptions, running_teacher
 from jaxdistill.optim import OptimConfig
 from jaxdistill.records import Chain, Example, Problem
-from jaxdistill.report import page
+from jaxdistill.report import page, plots
 from jaxdistill.report import run as report
 from jaxdistill.sample.request import SamplingConfig
 from jaxdistill.train_step import StepConfig
@@ -301,10 +301,6 @@ class Demo:
     ) -> page.Page:
         folders = {"phase1": self._phase(_REFORMATTED), "phase2": self._phase(_DISTILLED)}
         rows = {name: metrics.read(folder) for name, folder in folders.items()}
-
-        def curves(measure: str) -> dict[str, list[tuple[int, float]]]:
-            return {name: [(int(r["step"]), r[measure]) for r in found if measure in r] for name, found in rows.items()}
-
         found = lineage.trace([self.workdir])
         return page.Page(
             title="jaxdistill demo",
@@ -318,8 +314,8 @@ class Demo:
             },
             collected=collected[_DISTILLED],
             stages=tuple(page.Stage(name=name, summary=summary) for name, summary in summaries.items()),
-            losses=curves("loss"),
-            heldout=curves("heldout_loss"),
+            losses=plots.curves(rows, "loss"),
+            heldout=plots.curves(rows, "heldout_loss"),
             comparisons=self._comparisons(list(summaries)),
             lineage=found,
             transparency=report.transparency(found, "jaxdistill demo"),

@@ -142,12 +142,13 @@ def _memory(state: State, analysis: Any, saved: tuple[int, int], moments_on_host
     def held(tree: Any) -> int:
         return sum(device_bytes(x, x.sharding.spec) for x in jax.tree.leaves(tree))
 
-    total = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
-    total += analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     if jax.sharding.get_mesh().devices.flat[0].platform == "tpu":
-        # What TPUs' compiler holds against the memory when it refuses a program; the sum above, where buffers that are
+        # What TPUs' compiler holds against the memory when it refuses a program; the sum below, where buffers that are
         # not there at the same time count together, may exceed what it accepts
         total = analysis.peak_memory_in_bytes
+    else:
+        total = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
+        total += analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     on_device, on_host = saved
     of_weights, of_optimizer = held(state.params), held((None if moments_on_host else state.opt_state, state.average))
     return Memory(

@@ -52,6 +52,11 @@ _STYLE: dict[Any, Any] = {
 }
 
 
+def curves(rows: Mapping[str, Sequence[Mapping[str, float]]], measure: str) -> dict[str, Curve]:
+    """One measure of the metrics of several phases, by name; a phase that never logged it has an empty curve."""
+    return {name: [(int(row["step"]), row[measure]) for row in found if measure in row] for name, found in rows.items()}
+
+
 def losses(trained: Mapping[str, Curve], heldout: Mapping[str, Curve], stages: Sequence[str] = ()) -> str:
     """Training loss as lines and held-out loss as points, the phases one after another on one axis of steps.
 

@@ -63,13 +63,14 @@ def main(config: ReportConfig) -> page.Page:
 def page_of(found: Lineage, name: str, problems: int = 8) -> page.Page:
     """The page about a lineage."""
     evaluations = found.of("evaluate")
+    rows = {found.name(phase): metrics.read(phase) for stage in found.of("train") for phase in _phases(stage)}
     return page.Page(
         title=name,
-        facts=_facts(found),
+        facts=_facts(found, sum(row.get("step_s", 0.0) for phase in rows.values() for row in phase)),
         collected=dict(sum((Counter(stage.counts) for stage in found.of("collect")), Counter())),
         stages=tuple(page.Stage(name=found.name(s.folder), summary=_summary(s)) for s in evaluations),
-        losses=_curves(found, "loss"),
-        heldout=_curves(found, "heldout_loss"),
+        losses=plots.curves(rows, "loss"),
+        heldout=plots.curves(rows, "heldout_loss"),
         comparisons=_comparisons(found, evaluations, problems),
         lineage=found,
         transparency=transparency(found, name),
@@ -83,15 +84,18 @@ def transparency(found: Lineage, name: str) -> Entry:
     return Entry(work=work, score=index.score(work))
 
 
-def _facts(found: Lineage) -> Mapping[str, str]:
-    """What all stages together say."""
+def _facts(found: Lineage, step_s: float) -> Mapping[str, str]:
+    """What all stages together say.
+
+    Args:
+      step_s: seconds of all training steps.
+    """
     stages = list(found.stages.values())
     costs = [stage.cost_usd for stage in stages if stage.cost_usd is not None]
-    hours = sum(row.get("step_s", 0.0) for s in found.of("train") for p in _phases(s) for row in metrics.read(p)) / 3600
     return {
         "commit": ", ".join(sorted({str(stage.manifest.get("commit", "unknown")) for stage in stages})),
         "teacher's answers": f"${sum(costs):,.2f}" if costs else "none here",
-        "training": f"{hours:.2f} hours of steps",
+        "training": f"{step_s / 3600:.2f} hours of steps",
         "devices": ", ".join(sorted({s.manifest.get("devices", "not written down") for s in found.of("train")})),
         **{k: v for stage in stages[-1:] for k, v in stage.manifest.get("versions", {}).items()},
     }
@@ -100,15 +104,6 @@ def _facts(found: Lineage) -> Mapping[str, str]:
 def _phases(stage: Stage) -> list[Path]:
     """Folders of a training run's phases."""
     return [stage.folder / name for name in stage.manifest.get("phases", {})]
-
-
-def _curves(found: Lineage, measure: str) -> dict[str, plots.Curve]:
-    curves = {}
-    for stage in found.of("train"):
-        for folder in _phases(stage):
-            rows = metrics.read(folder)
-            curves[found.name(folder)] = [(int(row["step"]), row[measure]) for row in rows if measure in row]
-    return curves
 
 
 def _summary(stage: Stage) -> Summary:

@@ -66,7 +66,7 @@ def write_and_attend(
     stored = spec(_KEY_DIMS), spec(_VALUE_DIMS)
     return jax.shard_map(
         _local,
-        in_specs=(heads, heads, heads, *stored, jax.P(*spec("B"), None), spec("BT"), spec("BT")),
+        in_specs=(heads, heads, heads, *stored, spec("B"), spec("BT"), spec("BT")),
         out_specs=(heads, *stored),
         check_vma=False,  # each device runs its loop over keys to its own end
     )(q, k, v, keys, values, tables, positions, live)

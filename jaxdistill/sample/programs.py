@@ -167,14 +167,10 @@ def _enter(state: Slots, slot: Int[Array, " R"], rows: Slots) -> Slots:
     if rows.counts is None:
         state = dataclasses.replace(state, counts=None)
 
-    def layout(tree: Any) -> Any:
-        return jax.tree.map(lambda a: jax.P(*spec("B"), *[None] * (a.ndim - 1)), tree)
-
     def local(state: Slots, slot: Array, rows: Slots) -> Slots:
         return jax.tree.map(lambda a, row: a.at[slot].set(row, mode="drop"), state, rows)
 
-    layouts = layout(state)
-    entered = jax.shard_map(local, in_specs=(layouts, layout(slot), layout(rows)), out_specs=layouts)(state, slot, rows)
+    entered = jax.shard_map(local, in_specs=spec("B"), out_specs=spec("B"))(state, slot, rows)
     return entered if rows.counts is not None else dataclasses.replace(entered, counts=counts)
 
 
@@ -209,7 +205,7 @@ def decode(
 
     def blank(dtype: Any, *more: int) -> Array:
         mesh = jax.sharding.get_abstract_mesh()
-        layout = jax.sharding.NamedSharding(mesh, jax.P(None, *spec("B"), *[None] * len(more)))
+        layout = jax.sharding.NamedSharding(mesh, jax.P(None, *spec("B")))
         return jax.lax.full((most_steps, *keep.shape, *more), -1, dtype, sharding=layout)
 
     out, top = Drawn(tokens=blank(jnp.int32), logprobs=None), min(TOP_LOGPROBS, c.vocab)

@@ -18,12 +18,7 @@ _NEUTRAL = SamplingConfig()
 
 def put(tree: Any) -> Any:
     """Host arrays on the devices of the current mesh, rows split as those of a batch, other dimensions whole."""
-    mesh = jax.sharding.get_mesh()
-
-    def layout(x: np.ndarray) -> jax.sharding.NamedSharding:
-        return jax.sharding.NamedSharding(mesh, jax.P(*spec("B"), *[None] * (x.ndim - 1)))
-
-    return jax.device_put(tree, jax.tree.map(layout, tree))
+    return jax.device_put(tree, jax.sharding.NamedSharding(jax.sharding.get_mesh(), spec("B")))
 
 
 def features(sequences: Iterable[Sequence]) -> Features:

@@ -1,6 +1,7 @@
 """The 25 indicators, one YAML file a work, and the points that follow from its answers or its published subtotals."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
@@ -96,6 +97,7 @@ class Score:
         return sum(self.by_dimension.values(), start=Points(0, 0))
 
 
+@functools.cache
 def indicators() -> dict[str, Indicator]:
     """The index: indicators by id, in the order of the paper."""
     path = _FOLDER / "indicators.yaml"

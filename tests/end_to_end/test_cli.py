@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+import rows
 from test_demo import jaxdistill
 
 from jaxdistill import cli, manifest
 from jaxdistill.curate import examples
-from jaxdistill.records import Chain, Usage, Verdict, write_jsonl
+from jaxdistill.records import write_jsonl
 
 RECIPE = """
 from pathlib import Path
@@ -100,21 +101,7 @@ def test_a_broken_recipe_and_a_file_in_the_way_in_a_process_of_their_own(tmp_pat
 
 def small_run(folder: Path) -> list[str]:
     """The words of a command that works in folder/run, without jax."""
-    chain = Chain(
-        id="a/0",
-        problem_id="a",
-        messages=({"role": "assistant", "content": "4"},),
-        reasoning_kind="answer_only",
-        teacher="teacher",
-        prompt_hash="",
-        request_id="",
-        sample_index=0,
-        finish_reason="stop",
-        usage=Usage(),
-        cost_usd=0.0,
-        verdict=Verdict(label="correct", rule="text"),
-        created=0.0,
-    )
+    chain = rows.chain(messages=({"role": "assistant", "content": "4"},))
     write_jsonl(folder / "chains.jsonl", [chain])
     return ["examples", "--chains", str(folder / "chains.jsonl"), "--workdir", str(folder / "run")]
 

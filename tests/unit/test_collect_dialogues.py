@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import rows
 
 from jaxdistill.collect.calls import Call, Receipt
 from jaxdistill.collect.dialogues import Dialogues, Method
@@ -17,7 +18,7 @@ from jaxdistill.errors import UserError
 from jaxdistill.local_teacher.answers import Faults
 from jaxdistill.local_teacher.problems import generate
 from jaxdistill.local_teacher.server import TeacherOptions, running_teacher
-from jaxdistill.records import Chain, Message, Problem, Usage, Verdict, read_jsonl, write_jsonl
+from jaxdistill.records import Chain, Message, Problem, Usage, read_jsonl, write_jsonl
 from jaxdistill.verify import Verifier
 
 PROBLEM = Problem(id="p", problem="What is 3 * 4 + 1?", answer="13")
@@ -45,23 +46,8 @@ def last_message(request: Request) -> str:
 
 def told(plan: Dialogues, call: Call, content: str) -> Chain:
     message: Message = {"role": "assistant", "content": content}
-    return plan.told(
-        Chain(
-            id=call.id,
-            problem_id=call.problem.id,
-            messages=(*call.request.messages, message),
-            reasoning_kind="full",
-            teacher="m",
-            prompt_hash="h",
-            request_id="r",
-            sample_index=0,
-            finish_reason="stop",
-            usage=Usage(),
-            cost_usd=0.0,
-            verdict=Verdict(label="correct", rule="integer"),
-            created=0.0,
-        )
-    )
+    messages = (*call.request.messages, message)
+    return plan.told(rows.chain(id=call.id, problem_id=call.problem.id, messages=messages, reasoning_kind="full"))
 
 
 @pytest.fixture(scope="module")

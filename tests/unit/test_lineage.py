@@ -5,32 +5,19 @@ import shutil
 from pathlib import Path
 
 import pytest
+import rows
 
 from jaxdistill import cli, lineage, manifest
 from jaxdistill.curate.examples import ExamplesConfig, main
 from jaxdistill.errors import UserError
 from jaxdistill.local_teacher.problems import generate
-from jaxdistill.records import Chain, Usage, Verdict, write_jsonl
+from jaxdistill.records import Chain, write_jsonl
 from jaxdistill.transparency import index
 from jaxdistill.transparency import run as own
 
 
 def chain(name: str) -> Chain:
-    return Chain(
-        id=f"{name}/0",
-        problem_id=name,
-        messages=({"role": "user", "content": "6 * 7?"}, {"role": "assistant", "content": "\\boxed{42}"}),
-        reasoning_kind="answer_only",
-        teacher="a teacher",
-        prompt_hash="0",
-        request_id="r",
-        sample_index=0,
-        finish_reason="stop",
-        usage=Usage(),
-        cost_usd=0.25,
-        verdict=Verdict(label="correct", rule="number"),
-        created=0.0,
-    )
+    return rows.chain(id=f"{name}/0", problem_id=name, cost_usd=0.25)
 
 
 @pytest.fixture
@@ -38,9 +25,9 @@ def runs(tmp_path: Path) -> Path:
     """Problems -> chains -> examples, as `collect` and `examples` leave them."""
     folder = tmp_path / "runs"
     problems = folder / "problems.jsonl"
-    rows = list(generate("turns", 3, seed=0, split="train"))
-    write_jsonl(problems, rows)
-    write_jsonl(folder / "chains" / "chains.jsonl", [chain(row.id) for row in rows])
+    asked = list(generate("turns", 3, seed=0, split="train"))
+    write_jsonl(problems, asked)
+    write_jsonl(folder / "chains" / "chains.jsonl", [chain(one.id) for one in asked])
     facts = {"teacher": ["a teacher"], "prompt": {"name": "p", "text": "Think."}, "cost_usd": 0.75}
     manifest.write_manifest(folder / "chains", "collect", [problems], {"verified": 3, "wrong": 0}, **facts)
     main(ExamplesConfig(chains=folder / "chains" / "chains.jsonl", workdir=folder / "examples"))
