@@ -32,7 +32,7 @@ class EngineConfig:
     cache_tokens: int | None = None  # positions that the cache holds; by default all slots full, or what memory holds
     page_tokens: int = 128  # positions of a page of the cache; requests share whole pages of their prompts
     prefill_tokens: int = 128  # prompt tokens read in one call on each device
-    prefill_calls: int = 8  # such calls between two decode calls, so that prompts never stall who decodes
+    prefill_calls: int = 8  # such calls between two decode calls of `step`, so that prompts never stall who decodes
     steps_per_call: int = 16  # tokens decoded in one call
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of weights, cache and activations
 
@@ -144,12 +144,15 @@ class Engine:
             sequence.over = True
             self.schedule.leave(sequence)
 
-    def step(self) -> list[Event]:
+    def step(self, *, fill: bool = False) -> list[Event]:
         """Dispatches prompt pieces and one decode call, then reads what was drawn before that call.
 
         So the devices work on one call while the host deals with the tokens of the last.
+
+        Args:
+          fill: read prompts until no slot is free, however long that keeps the others from their next tokens.
         """
-        self._prefill()
+        self._prefill(fill)
         events, call = self._decode()
         while self._pending:
             events += self._read(self._pending.popleft())
@@ -159,6 +162,8 @@ class Engine:
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Output]:
         """Yields each request's output as it finishes, in order of finishing.
+
+        Only whole outputs count here, so slots are filled first: a decode call costs the same with a few of them.
 
         Raises:
           UserError: a request cannot be sampled here; refused before anything is sampled.
@@ -172,7 +177,7 @@ class Engine:
                 self.submit(request)
                 said[request.id] = []
             while said:
-                for event in self.step():
+                for event in self.step(fill=True):
                     said[event.id].append(event)
                     if event.finish_reason:
                         yield _join(said.pop(event.id))
@@ -182,10 +187,10 @@ class Engine:
 
     # --- prompts -----------------------------------------------------------------------------------------------------
 
-    def _prefill(self) -> None:
+    def _prefill(self, fill: bool) -> None:
         """Reads prompts, one on each shard at a time, until a decode call is due."""
         calls = 0
-        while calls < self.config.prefill_calls or not any(s.decoding for s in self.schedule.running()):
+        while fill or calls < self.config.prefill_calls or not any(s.decoding for s in self.schedule.running()):
             reading = {shard: s for shard, s in self._reading.items() if s.slot is not None and not s.decoding}
             for shard in range(self.shape.shards):
                 if shard not in reading and (sequence := self.schedule.admit(shard)):

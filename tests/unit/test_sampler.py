@@ -271,6 +271,17 @@ def test_prompts_are_read_in_turn_with_decoding(engine: Engine):
         engine.step()
 
 
+def test_slots_are_filled_first_where_only_whole_outputs_count(engine: Engine):
+    """Of four prompts of three pieces a step reads two pieces, unless it is to fill the slots."""
+    for fill, decoding in ((False, 1), (True, 4)):
+        for i in range(4):
+            engine.submit(Request(f"{fill}{i}", prompt(40 + i), dataclasses.replace(GREEDY, max_new_tokens=60), i))
+        engine.step(fill=fill)
+        assert sum(s.decoding for s in engine.schedule.running()) == decoding
+        while engine.busy:
+            engine.step()
+
+
 def packed_logits(tokens: np.ndarray) -> np.ndarray:
     """Logits of rows of one document each, through the forward pass that training uses."""
     return export.logits(tiny.put(VALUES, C), tokens, C)
