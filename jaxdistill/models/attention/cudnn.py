@@ -94,6 +94,8 @@ def _settings(q: Array) -> tuple[Array, dict[str, Any], Any]:
         "layout": fused_attention_stablehlo.AttentionLayout.BTNH.value,
         "sliding_window_length": None,
     }
+    if jax.__version_info__ >= (0, 12):
+        settings |= {"score_mod_name": None, "score_mod_jaxpr": None}  # scores as they are
     return jnp.zeros(0, q.dtype), settings, fused_attention_stablehlo
 
 
