@@ -21,6 +21,7 @@ from jaxdistill.data import chat
 from jaxdistill.errors import UserError
 from jaxdistill.sample import request as sampler
 from jaxdistill.sample.text import TextStream
+from jaxdistill.serve import openapi
 from jaxdistill.serve.answers import ChatReply, Choice, CompletionReply, Reply, Said, Usage
 from jaxdistill.serve.gate import Gate, Limits
 from jaxdistill.serve.metrics import Metrics
@@ -52,6 +53,7 @@ class Server:
         self.worker, self.limits, self.name = worker, limits, name
         self._tokenizer, self._fingerprint = tokenizer, fingerprint
         self._started = int(time.time())
+        self._openapi = openapi.document(name, bool(key))
         self._tokenizing = asyncio.Lock()  # a long prompt takes a while: beside the event loop, but one at a time
         self.metrics = Metrics(worker)
         routes = [
@@ -61,6 +63,7 @@ class Server:
             Route("/v1/models/{name:path}", self._model),
             Route("/metrics", self._metrics),
             Route("/health", self._health),
+            Route("/openapi.json", self._document),
         ]
         handlers = {ApiError: _api_error, HTTPException: _http_error, Exception: _failure}
         app = Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
@@ -93,6 +96,9 @@ class Server:
     async def _health(self, _: Request) -> Response:
         failed = self.worker.error is not None
         return JSONResponse({"status": "the engine failed" if failed else "ok"}, 503 if failed else 200)
+
+    async def _document(self, _: Request) -> Response:
+        return JSONResponse(self._openapi)
 
     def _about(self) -> dict[str, Any]:
         about = {"id": self.name, "object": "model", "created": self._started, "owned_by": "jaxdistill"}

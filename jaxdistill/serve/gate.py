@@ -12,8 +12,8 @@ from jaxdistill.errors import UserError
 from jaxdistill.serve.metrics import Metrics
 from jaxdistill.serve.schema import ApiError
 
-_OPEN_TO_ALL = ("/health",)
-_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/metrics", "/health")
+_OPEN_TO_ALL = ("/health", "/openapi.json")
+_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/metrics", "/health", "/openapi.json")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

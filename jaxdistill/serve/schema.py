@@ -54,9 +54,19 @@ class ChatMessage(_Body):
         return {"role": role, "content": content, **reasoning}
 
 
+def _off(value: bool) -> bool:
+    if value:
+        raise ValueError("this server does not do that; expected false")
+    return value
+
+
+# Not a Literal: for pydantic 0 is one of Literal[False], and true of Literal[1]
+Off = Annotated[bool, pydantic.AfterValidator(_off), pydantic.WithJsonSchema({"const": False})]
+
+
 class StreamOptions(_Body):
     include_usage: bool | None = None
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: Off | None = None
 
 
 class ResponseFormat(_Body):
@@ -132,7 +142,7 @@ class CompletionBody(Sampled):
     prompt: str | _Many[str] | _Many[int] | _Many[_Many[int]]
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=TOP_LOGPROBS)] | None = None
-    best_of: Literal[1] | None = None
+    best_of: Annotated[int, Field(ge=1, le=1)] | None = None
 
     @property
     def prompts(self) -> list[str | list[int]]:

@@ -317,6 +317,18 @@ def test_settings_of_any_value_are_answered_or_refused(url: str, path: str, full
     wait_until_idle(url)
 
 
+def test_it_does_what_its_openapi_document_says(url: str, full_size: bool, tmp_path: Path):
+    """schemathesis reads the document, makes calls that fit it and calls that do not, and checks what comes back."""
+    command = [Path(sys.executable).with_name("schemathesis"), "run", f"{url.removesuffix('/v1')}/openapi.json"]
+    # A body that fits the document may still have no room: a prompt too long, more samples than the queue holds
+    options = ["--exclude-checks", "positive_data_acceptance", "--header", f"Authorization: Bearer {KEY}"]
+    options += ["--max-examples", "200" if full_size else "15", "--seed", "1", "--warnings", "off", "--no-color"]
+    found = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True, timeout=1800)
+    assert found.returncode == 0, found.stdout[-5000:] + found.stderr[-2000:]
+    assert "Tested: 6" in found.stdout
+    wait_until_idle(url)
+
+
 @pytest.mark.parametrize(
     ("prompt", "words"),
     [

@@ -89,6 +89,8 @@ def test_prompts(prompt: Any, prompts: list[Any]):
         ({"logit_bias": {"1": 5}}, "logit_bias: this server has no such field"),
         ({"response_format": {"type": "json_object"}}, "response_format.type: Input should be 'text'"),
         ({"top_logprobs": 21}, "top_logprobs: "),
+        ({"stream_options": {"include_obfuscation": True}}, "include_obfuscation: .*expected false"),
+        ({"stream_options": {"include_obfuscation": 0}}, "include_obfuscation: .*valid boolean"),
     ],
 )
 def test_what_is_refused(changes: dict[str, Any], words: str):
@@ -96,6 +98,13 @@ def test_what_is_refused(changes: dict[str, Any], words: str):
         chat(**changes)
     assert caught.value.status == 400
     assert caught.value.param == next(iter(changes))
+
+
+@pytest.mark.parametrize("best_of", [True, 2, "1"])
+def test_only_one_is_the_best_of_one(best_of: Any):
+    assert completion(best_of=1).best_of == 1
+    with pytest.raises(ApiError, match="best_of: "):
+        completion(best_of=best_of)
 
 
 @pytest.mark.parametrize(
