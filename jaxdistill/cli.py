@@ -72,6 +72,7 @@ COMMANDS = {
     "tti leaderboard": _tti("LeaderboardConfig", "works, most transparent first", function="leaderboard"),
 }
 
+_HELP = ("-h", "--help")
 _USAGE = """usage: jaxdistill COMMAND [RECIPE.py] [--field value ...]
 
 RECIPE.py defines config(), which returns the command's configuration; fields given on the command line win.
@@ -126,15 +127,16 @@ def _run_recipe(path: str) -> Any:
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command. Exit codes: 0 done, 1 failed, 2 the user's mistake, 75 preempted."""
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    if name in ("-h", "--help"):
-        print(_USAGE + "\n".join(f"  {name:16} {command.summary}" for name, command in COMMANDS.items()))
+    group = [command for command in COMMANDS if command.startswith(f"{name} ")]  # of two words
+    if name in _HELP or (group and rest and rest[0] in _HELP):
+        print(_USAGE + "\n".join(f"  {name:16} {COMMANDS[name].summary}" for name in group or COMMANDS))
         return
     config, leads = None, True
     try:
-        if rest and f"{name} {rest[0]}" in COMMANDS:  # of two words
+        if group and rest and not rest[0].startswith("-"):
             name, rest = f"{name} {rest[0]}", rest[1:]
         if name not in COMMANDS:
-            raise UserError(f"no command {name!r}; expected one of {', '.join(COMMANDS)}")
+            raise UserError(f"no command {name!r}; expected one of {', '.join(group or COMMANDS)}")
         command = COMMANDS[name]
         config = load(command, rest, name)
         if command.uses_devices:

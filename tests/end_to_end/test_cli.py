@@ -43,6 +43,11 @@ def test_unknown_command() -> None:
 
 def test_a_command_with_methods_wants_one() -> None:
     check("refine", "--count", "3", expected=("no command 'refine'", "refine reformat", "refine mix"))
+    check("refine", "selct", expected=("no command 'refine selct'", "refine select"))
+    asked = jaxdistill("refine", "--help")
+    assert asked.returncode == 0
+    assert "refine translate" in asked.stdout
+    assert "train" not in asked.stdout
     check("refine", "select", "--examples", "none", "--workdir", "w", "--count", "0", expected=("count is 0",))
 
 
