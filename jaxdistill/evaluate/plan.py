@@ -1,0 +1,115 @@
+"""What one model is to say in an evaluation, under which ids and seeds, and what of it is there already."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxdistill import records
+from jaxdistill.checkpoint import fingerprint
+from jaxdistill.errors import UserError
+from jaxdistill.evaluate.config import EvaluateConfig
+from jaxdistill.evaluate.tasks import Task
+from jaxdistill.records import Completion, Problem
+
+Wanted = dict[str, tuple[Problem, int]]  # problem and sample index by completion id
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What one model is to say, and how; an evaluation has one of these for each row of its table."""
+
+    config: EvaluateConfig
+    task: Task
+    problems: Sequence[Problem]
+    name: str  # also of its folder, where there are several
+    folder: Path  # completions.jsonl, scores.jsonl, summary.json, manifest.json
+    model: Path
+    weights: str  # fingerprint of the model
+
+    def wanted(self) -> Wanted:
+        """All that is to be sampled."""
+        return {f"{self.task.name}/{p.id}/{i}": (p, i) for p in self.problems for i in range(self.config.samples)}
+
+    def settings(self, problem: Problem) -> dict[str, Any]:
+        """What a completion's text and grade depend on, apart from its seed."""
+        content = json.dumps([problem.problem, problem.answer])
+        return {
+            **dataclasses.asdict(self.config.sampling),
+            "compute_dtype": self.config.compute_dtype,
+            "model": str(self.model),
+            "weights": self.weights,
+            "prompt": self.task.prompt,
+            "problem": hashlib.sha256(content.encode()).hexdigest()[:16],
+        }
+
+    def seed(self, id_: str) -> int:
+        """A seed of each sample's own, 31 bits; the same for every model."""
+        return int.from_bytes(hashlib.sha256(f"{self.config.seed}/{id_}".encode()).digest()[:4], "big") >> 1
+
+    def earlier(self) -> dict[str, Completion]:
+        """Completions that earlier calls committed, by id; a last line that a kill cut off is removed from the file.
+
+        Raises:
+          UserError: some were made by another model, with other settings, or of other problems.
+        """
+        path = self.folder / "completions.jsonl"
+        wanted = self.wanted()
+        done = {c.id: c for c in _committed(path)}
+        changes = {id_: found for id_, one in done.items() if (found := self._changes(one, wanted.get(id_)))}
+        if changes:
+            raise UserError(
+                f"{path} holds completions of an earlier call, since when there were changes to: "
+                f"{', '.join(sorted(set().union(*changes.values())))} (for example {next(iter(changes))}); "
+                "use another workdir, or remove the file"
+            )
+        return done
+
+    def _changes(self, earlier: Completion, item: tuple[Problem, int] | None) -> set[str]:
+        """Which of model, settings and problems a completion of an earlier call does not share.
+
+        Args:
+          item: what is wanted under its id, if anything.
+        """
+        if item is None:
+            return {"settings" if earlier.sample_index >= self.config.samples else "problems"}
+        now, then = self.settings(item[0]), earlier.settings
+        differ = {key for key in now.keys() | then.keys() if now.get(key) != then.get(key)}
+        found = {_PART_OF_SETTING.get(key, "settings") for key in differ}
+        return found if earlier.seed == self.seed(earlier.id) else found | {"settings"}
+
+
+_PART_OF_SETTING = {"model": "model", "weights": "model", "problem": "problems"}  # all others: settings
+
+
+def _committed(path: Path) -> list[Completion]:
+    if not path.is_file():
+        return []
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(path, whole)
+    return list(records.read_jsonl(path, Completion))
+
+
+def plans(config: EvaluateConfig, task: Task, problems: Sequence[Problem]) -> list[Plan]:
+    """A plan for each model; a single one has the run folder to itself, several have a folder of their own in it."""
+    names = names_of(config.model)
+    folders = [config.workdir / name for name in names] if len(names) > 1 else [config.workdir]
+    return [
+        Plan(config, task, problems, name, folder, model, fingerprint(model))
+        for name, folder, model in zip(names, folders, config.model, strict=True)
+    ]
+
+
+def names_of(models: Sequence[Path]) -> list[str]:
+    """A name for each model: the last part of its path, or as many parts as tell it from the others."""
+    parts = [model.absolute().parts for model in models]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = ["-".join(own[-count:]) for own in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise UserError(f"models are {', '.join(map(str, models))}; expected each of them once")

@@ -1,0 +1,73 @@
+"""Completions from a model's weights, by the project's own engine."""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import TextColumn
+
+from jaxdistill import thinking
+from jaxdistill.checkpoint import base_of, fingerprint
+from jaxdistill.data import chat
+from jaxdistill.errors import RunError
+from jaxdistill.evaluate.plan import Plan, Wanted
+from jaxdistill.progress import Progress
+from jaxdistill.records import Completion, Problem
+from jaxdistill.sample.engine import EngineConfig
+from jaxdistill.sample.request import Output, Request
+from jaxdistill.sample.run import engine_for
+
+
+def sample(plan: Plan, left: Wanted) -> Iterator[Completion]:
+    """Completions as they are finished."""
+    config = plan.config
+    tokenizer = chat.load_tokenizer(base_of(plan.model))
+
+    def prompt(problem: Problem) -> tuple[int, ...]:
+        return tuple(chat.prompt_tokens(tokenizer, [{"role": "user", "content": plan.task.ask(problem)}]))
+
+    requests = [Request(id_, prompt(problem), config.sampling, plan.seed(id_)) for id_, (problem, _) in left.items()]
+    console = Console(stderr=True)
+    columns = (*Progress.get_default_columns(), TextColumn("{task.fields[speed]}"))
+    with jax.set_mesh(config.mesh.build()), Progress(*columns, console=console) as progress:
+        how = EngineConfig(slots=config.slots, compute_dtype=config.compute_dtype)
+        engine = engine_for(plan.model, tokenizer, requests, how)
+        if fingerprint(plan.model) != plan.weights:
+            raise RunError(f"{plan.model} was written to while it was read; evaluate it again when it is finished")
+        bar = progress.add_task(f"sample {plan.name}", total=len(requests), speed="")
+        tokens, start = 0, time.monotonic()
+        for output in engine.generate(requests):
+            tokens += len(output.tokens)
+            speed = f"{tokens / (time.monotonic() - start):,.0f} tokens/s"  # of finished samples, compilation included
+            progress.update(bar, advance=1, speed=speed)
+            problem, index = left[output.id]
+            yield _completion(plan, output, problem, index, tokenizer)
+        wall_s = time.monotonic() - start
+    console.print(f"{len(requests)} samples, {tokens:,} tokens in {wall_s:,.1f} s: {tokens / wall_s:,.0f} tokens/s")
+
+
+def _completion(plan: Plan, output: Output, problem: Problem, index: int, tokenizer: Any) -> Completion:
+    text = tokenizer.decode(output.tokens, skip_special_tokens=True)
+    thought = _thinking_tokens(text, len(output.tokens), tokenizer)
+    return Completion(
+        id=output.id,
+        task=plan.task.name,
+        item_id=problem.id,
+        sample_index=index,
+        seed=plan.seed(output.id),
+        settings=plan.settings(problem),
+        text=text,
+        thinking_tokens=thought,
+        answer_tokens=len(output.tokens) - thought,
+        finish_reason=output.finish_reason,
+    )
+
+
+def _thinking_tokens(text: str, tokens: int, tokenizer: Any) -> int:
+    """Tokens up to the end of the thinking part; all of them if it never ends, none if there is none."""
+    thought, mark, _ = text.rpartition(thinking.CLOSE)
+    if mark:
+        return min(tokens, len(tokenizer(thought + mark, add_special_tokens=False)["input_ids"]))
+    return tokens if thinking.OPEN in text else 0
