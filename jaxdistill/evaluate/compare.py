@@ -64,5 +64,7 @@ def _sentence(first: str, second: str, difference: PairedDifference, solved: Pai
 
 
 def compare_all(results: Sequence[Result], seed: int = 0) -> list[Comparison]:
-    """Every result against the first one."""
-    return [compare(results[0], other, seed) for other in results[1:]]
+    """Every result against the first one, where they have problems in common."""
+    first = {completion.item_id for completion in results[0].completions}
+    others = [other for other in results[1:] if not first.isdisjoint(c.item_id for c in other.completions)]
+    return [compare(results[0], other, seed) for other in others]

@@ -10,10 +10,11 @@ from typing import Any
 
 from jaxdistill import records
 from jaxdistill.checkpoint import fingerprint
+from jaxdistill.collect.teacher import Teacher, TeacherConfig
 from jaxdistill.errors import UserError
 from jaxdistill.evaluate.config import EvaluateConfig
 from jaxdistill.evaluate.tasks import Task
-from jaxdistill.records import Completion, Problem
+from jaxdistill.records import Completion, Message, Problem
 
 Wanted = dict[str, tuple[Problem, int]]  # problem and sample index by completion id
 
@@ -27,24 +28,44 @@ class Plan:
     problems: Sequence[Problem]
     name: str  # also of its folder, where there are several
     folder: Path  # completions.jsonl, scores.jsonl, summary.json, manifest.json
-    model: Path
-    weights: str  # fingerprint of the model
+    model: Path | None  # None: the endpoint
+    weights: str  # fingerprint of the model; name and address of the endpoint
+
+    def config_alone(self) -> EvaluateConfig:
+        """The configuration of an evaluation of this alone, in its folder."""
+        if self.model is None:
+            return dataclasses.replace(self.config, model=())
+        return dataclasses.replace(self.config, model=(self.model,), endpoint=TeacherConfig())
+
+    def id(self, problem: Problem, sample_index: int) -> str:
+        """Of a completion."""
+        return f"{self.task.name}/{problem.id}/{sample_index}"
 
     def wanted(self) -> Wanted:
         """All that is to be sampled."""
-        return {f"{self.task.name}/{p.id}/{i}": (p, i) for p in self.problems for i in range(self.config.samples)}
+        return {self.id(p, i): (p, i) for p in self.problems for i in range(self.config.samples)}
+
+    def messages(self, problem: Problem) -> tuple[Message, ...]:
+        """What is asked."""
+        return ({"role": "user", "content": self.task.ask(problem)},)
 
     def settings(self, problem: Problem) -> dict[str, Any]:
         """What a completion's text and grade depend on, apart from its seed."""
         content = json.dumps([problem.problem, problem.answer])
         return {
-            **dataclasses.asdict(self.config.sampling),
-            "compute_dtype": self.config.compute_dtype,
-            "model": str(self.model),
+            **(self._of_endpoint() if self.model is None else self._of_engine()),
             "weights": self.weights,
             "prompt": self.task.prompt,
             "problem": hashlib.sha256(content.encode()).hexdigest()[:16],
         }
+
+    def _of_engine(self) -> dict[str, Any]:
+        sampling = dataclasses.asdict(self.config.sampling)
+        return {**sampling, "compute_dtype": self.config.compute_dtype, "model": str(self.model)}
+
+    def _of_endpoint(self) -> dict[str, Any]:
+        request = Teacher(self.config.endpoint).request(())
+        return {**request.parameters, "model": request.model, "seed_sent": self.config.endpoint_seeds}
 
     def seed(self, id_: str) -> int:
         """A seed of each sample's own, 31 bits; the same for every model."""
@@ -97,18 +118,23 @@ def _committed(path: Path) -> list[Completion]:
 
 def plans(config: EvaluateConfig, task: Task, problems: Sequence[Problem]) -> list[Plan]:
     """A plan for each model; a single one has the run folder to itself, several have a folder of their own in it."""
-    names = names_of(config.model)
-    folders = [config.workdir / name for name in names] if len(names) > 1 else [config.workdir]
+    sources: dict[str, tuple[Path | None, str]] = {
+        name: (model, fingerprint(model)) for name, model in zip(names_of(config.model), config.model, strict=True)
+    }
+    if config.asks:
+        asked = config.endpoint
+        name = asked.model.replace("/", "-")
+        sources[f"{name}-endpoint" if name in sources else name] = None, f"{asked.model} at {asked.base_url}"
     return [
-        Plan(config, task, problems, name, folder, model, fingerprint(model))
-        for name, folder, model in zip(names, folders, config.model, strict=True)
+        Plan(config, task, problems, name, config.workdir / name if len(sources) > 1 else config.workdir, *source)
+        for name, source in sources.items()
     ]
 
 
 def names_of(models: Sequence[Path]) -> list[str]:
     """A name for each model: the last part of its path, or as many parts as tell it from the others."""
     parts = [model.absolute().parts for model in models]
-    for count in range(1, max(map(len, parts)) + 1):
+    for count in range(1, max(map(len, parts), default=1) + 1):
         names = ["-".join(own[-count:]) for own in parts]
         if len(set(names)) == len(names):
             return names

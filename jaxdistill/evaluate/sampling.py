@@ -22,20 +22,21 @@ from jaxdistill.sample.run import engine_for
 
 def sample(plan: Plan, left: Wanted) -> Iterator[Completion]:
     """Completions as they are finished."""
-    config = plan.config
-    tokenizer = chat.load_tokenizer(base_of(plan.model))
+    config, model = plan.config, plan.model
+    assert model is not None
+    tokenizer = chat.load_tokenizer(base_of(model))
 
     def prompt(problem: Problem) -> tuple[int, ...]:
-        return tuple(chat.prompt_tokens(tokenizer, [{"role": "user", "content": plan.task.ask(problem)}]))
+        return tuple(chat.prompt_tokens(tokenizer, plan.messages(problem)))
 
     requests = [Request(id_, prompt(problem), config.sampling, plan.seed(id_)) for id_, (problem, _) in left.items()]
     console = Console(stderr=True)
     columns = (*Progress.get_default_columns(), TextColumn("{task.fields[speed]}"))
     with jax.set_mesh(config.mesh.build()), Progress(*columns, console=console) as progress:
         how = EngineConfig(slots=config.slots, compute_dtype=config.compute_dtype)
-        engine = engine_for(plan.model, tokenizer, requests, how)
-        if fingerprint(plan.model) != plan.weights:
-            raise RunError(f"{plan.model} was written to while it was read; evaluate it again when it is finished")
+        engine = engine_for(model, tokenizer, requests, how)
+        if fingerprint(model) != plan.weights:
+            raise RunError(f"{model} was written to while it was read; evaluate it again when it is finished")
         bar = progress.add_task(f"sample {plan.name}", total=len(requests), speed="")
         tokens, start = 0, time.monotonic()
         for output in engine.generate(requests):
