@@ -26,6 +26,10 @@ class EvaluateConfig:
     samples: int = 1  # per problem
     seed: int = 0  # of the sampling; a request's own seed also depends on problem and sample
     sampling: SamplingConfig = SamplingConfig()  # of models; an endpoint has its own settings
+    thinking_limits: tuple[
+        int, ...
+    ] = ()  # tokens; for each, also runs in which thinking is ended there (budget forcing)
+    waits: tuple[int, ...] = ()  # times; for each, also runs in which thinking is sent on so often by "Wait"
     rankings: Path | None = None  # JSON Lines of {"id": of a completion, "score": number}, for best of k
     budget_usd: float | None = None  # of the endpoint; hard, over all runs on this folder
     budget_tokens: int | None = None  # of the endpoint, as above; prompt and output together
@@ -48,6 +52,12 @@ class EvaluateConfig:
                 f"samples is {self.samples} at temperature 0, where all samples of a problem are one; "
                 "set sampling.temperature, or ask for one sample"
             )
+        for name in ("thinking_limits", "waits"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values) or min(values, default=1) < 1:
+                raise UserError(f"{name} are {values}; expected numbers of 1 or more, each once")
+            if values and not self.model:
+                raise UserError(f"{name} are {values}, but only models can be forced; expected --model MODEL")
         if self.endpoint.larger_max_tokens is not None:
             raise UserError("endpoint.larger_max_tokens is set; an evaluation asks once, and counts what was cut off")
 

@@ -12,6 +12,7 @@ from jaxdistill import records
 from jaxdistill.checkpoint import fingerprint
 from jaxdistill.collect.teacher import Teacher, TeacherConfig
 from jaxdistill.errors import UserError
+from jaxdistill.evaluate.budget import Budget
 from jaxdistill.evaluate.config import EvaluateConfig
 from jaxdistill.evaluate.tasks import Task
 from jaxdistill.records import Completion, Message, Problem
@@ -30,12 +31,16 @@ class Plan:
     folder: Path  # completions.jsonl, scores.jsonl, summary.json, manifest.json
     model: Path | None  # None: the endpoint
     weights: str  # fingerprint of the model; name and address of the endpoint
+    source: str  # name of the model or endpoint
+    budget: Budget = Budget()
 
     def config_alone(self) -> EvaluateConfig:
         """The configuration of an evaluation of this alone, in its folder."""
         if self.model is None:
             return dataclasses.replace(self.config, model=())
-        return dataclasses.replace(self.config, model=(self.model,), endpoint=TeacherConfig())
+        limit, waits = self.budget.thinking_tokens, self.budget.waits
+        forced = {"thinking_limits": () if limit is None else (limit,), "waits": (waits,) if waits else ()}
+        return dataclasses.replace(self.config, model=(self.model,), endpoint=TeacherConfig(), **forced)
 
     def id(self, problem: Problem, sample_index: int) -> str:
         """Of a completion."""
@@ -61,7 +66,8 @@ class Plan:
 
     def _of_engine(self) -> dict[str, Any]:
         sampling = dataclasses.asdict(self.config.sampling)
-        return {**sampling, "compute_dtype": self.config.compute_dtype, "model": str(self.model)}
+        of_model = {"compute_dtype": self.config.compute_dtype, "model": str(self.model)}
+        return {**sampling, **of_model, **self.budget.settings()}
 
     def _of_endpoint(self) -> dict[str, Any]:
         request = Teacher(self.config.endpoint).request(())
@@ -117,7 +123,7 @@ def _committed(path: Path) -> list[Completion]:
 
 
 def plans(config: EvaluateConfig, task: Task, problems: Sequence[Problem]) -> list[Plan]:
-    """A plan for each model; a single one has the run folder to itself, several have a folder of their own in it."""
+    """A plan for each model and budget; a single one has the run folder to itself, several have one in it each."""
     sources: dict[str, tuple[Path | None, str]] = {
         name: (model, fingerprint(model)) for name, model in zip(names_of(config.model), config.model, strict=True)
     }
@@ -125,9 +131,16 @@ def plans(config: EvaluateConfig, task: Task, problems: Sequence[Problem]) -> li
         asked = config.endpoint
         name = asked.model.replace("/", "-")
         sources[f"{name}-endpoint" if name in sources else name] = None, f"{asked.model} at {asked.base_url}"
-    return [
-        Plan(config, task, problems, name, config.workdir / name if len(sources) > 1 else config.workdir, *source)
+    limits = [Budget(thinking_tokens=limit) for limit in config.thinking_limits]
+    budgets = [Budget(), *limits, *(Budget(waits=waits) for waits in config.waits)]
+    made = {
+        f"{name}-{budget.name}" if budget.name else name: (*source, name, budget)
         for name, source in sources.items()
+        for budget in (budgets if source[0] is not None else budgets[:1])
+    }
+    return [
+        Plan(config, task, problems, name, config.workdir / name if len(made) > 1 else config.workdir, *rest)
+        for name, rest in made.items()
     ]
 
 

@@ -12,6 +12,7 @@ from jaxdistill import thinking
 from jaxdistill.checkpoint import base_of, fingerprint
 from jaxdistill.data import chat
 from jaxdistill.errors import RunError
+from jaxdistill.evaluate import budget
 from jaxdistill.evaluate.plan import Plan, Wanted
 from jaxdistill.progress import Progress
 from jaxdistill.records import Completion, Problem
@@ -39,7 +40,7 @@ def sample(plan: Plan, left: Wanted) -> Iterator[Completion]:
             raise RunError(f"{model} was written to while it was read; evaluate it again when it is finished")
         bar = progress.add_task(f"sample {plan.name}", total=len(requests), speed="")
         tokens, start = 0, time.monotonic()
-        for output in engine.generate(requests):
+        for output in budget.generate(engine, requests, plan.budget, tokenizer):
             tokens += len(output.tokens)
             speed = f"{tokens / (time.monotonic() - start):,.0f} tokens/s"  # of finished samples, compilation included
             progress.update(bar, advance=1, speed=speed)

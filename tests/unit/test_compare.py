@@ -26,7 +26,7 @@ def result(
     """What a model said to each problem, graded."""
     config = EvaluateConfig(workdir=Path(), model=(Path(name),), task="problems", path=Path("p.jsonl"))
     problems = [Problem(id=f"p{i}", problem=f"Problem {i} {HOSTILE}", answer=gold) for i, gold in enumerate(golds)]
-    plan = Plan(config, tasks.task("problems"), problems, name, Path(name), Path(name), f"sha256:{name}")
+    plan = Plan(config, tasks.task("problems"), problems, name, Path(name), Path(name), f"sha256:{name}", name)
     completions = [
         Completion(
             id=f"problems/p{i}/{j}",
