@@ -1,6 +1,7 @@
 """A headless Chromium, where one is installed, that opens a page and runs expressions in it."""
 
 import contextlib
+import fcntl
 import itertools
 import json
 import os
@@ -69,23 +70,18 @@ def browser() -> Iterator[Page]:
         pytest.skip(f"no browser: none of {', '.join(_NAMES)} is installed")
     read_commands, commands = os.pipe()
     answers, write_answers = os.pipe()
+    theirs = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (read_commands, write_answers)]  # clear of 3 and 4
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}", "about:blank"]
-
-        def pipes() -> None:  # where --remote-debugging-pipe expects them
-            read, write = os.dup(read_commands), os.dup(write_answers)
-            os.dup2(read, 3)
-            os.dup2(write, 4)
-
+        places = 'exec 3<&"$0" 4>&"$1"; exec "${@:2}"'  # where --remote-debugging-pipe expects them
         process = subprocess.Popen(
-            [program, "--remote-debugging-pipe", *flags],
+            ["bash", "-c", places, *map(str, theirs), program, "--remote-debugging-pipe", *flags],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            preexec_fn=pipes,
-            close_fds=False,
+            pass_fds=theirs,
         )
-        os.close(read_commands)
-        os.close(write_answers)
+        for end in (read_commands, write_answers, *theirs):
+            os.close(end)
         page = Page(commands, answers)
         try:
             page.attach()

@@ -64,14 +64,15 @@ def _sentence(first: str, second: str, difference: PairedDifference, solved: Pai
 
 
 def compare_all(results: Sequence[Result], seed: int = 0) -> list[Comparison]:
-    """Every model against the first under the same budget, and the first one's budgets against none.
+    """Every model against the first under the same budget, and its budgets against none.
 
     Results without a problem in common are left out.
     """
     found = []
     for other in results[1:]:
         alike = next(result for result in results if result.plan.budget == other.plan.budget)
-        base = results[0] if alike is other else alike
+        own = next(result for result in results if result.plan.source == other.plan.source)
+        base = own if alike is other else alike
         if {c.item_id for c in base.completions} & {c.item_id for c in other.completions}:
             found.append(compare(base, other, seed))
     return found

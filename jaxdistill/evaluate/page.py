@@ -10,6 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from jaxdistill import html, thinking
+from jaxdistill.evaluate import scaling
 from jaxdistill.evaluate.compare import Comparison
 from jaxdistill.evaluate.grade import repeats
 from jaxdistill.evaluate.results import Result, measures
@@ -27,7 +28,7 @@ def write(path: Path, results: Sequence[Result], comparisons: Sequence[Compariso
     rows, left = _rows(results)
     data = {"models": [result.name for result in results], "rows": rows}
     script = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
-    plan = results[0].plan
+    plan, curve = results[0].plan, curve_of(results)
     sampling = [f"{name} {value}" for name, value in vars(plan.config.sampling).items()]
     html.write(
         path,
@@ -37,6 +38,9 @@ def write(path: Path, results: Sequence[Result], comparisons: Sequence[Compariso
         names=[result.name for result in results],
         measures=measures({result.name: result.summary for result in results}),
         comparisons=comparisons,
+        curve=curve,
+        curve_plot=Markup(scaling.plot(curve, scaling.references(plan.task.name))),
+        references=scaling.references(plan.task.name),
         confidence=CONFIDENCE,
         resamples=RESAMPLES,
         rows=len(rows),
@@ -45,6 +49,15 @@ def write(path: Path, results: Sequence[Result], comparisons: Sequence[Compariso
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
+
+
+def curve_of(results: Sequence[Result]) -> list[scaling.Point]:
+    """Accuracy against tokens, of every model and budget."""
+    return [
+        point
+        for result in results
+        for point in scaling.points(result.plan.source, result.summary, result.plan.budget.name or scaling.ONE)
+    ]
 
 
 def _rows(results: Sequence[Result]) -> tuple[list[dict[str, Any]], int]:

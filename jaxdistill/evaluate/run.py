@@ -144,7 +144,11 @@ def _write(config: EvaluateConfig, results: Sequence[Result], comparisons: Seque
     """What is about all models together."""
     if len(results) > 1:
         summaries = {result.name: dataclasses.asdict(result.summary) for result in results}
-        together = {"models": summaries, "comparisons": [dataclasses.asdict(c) for c in comparisons]}
+        together = {
+            "models": summaries,
+            "comparisons": [dataclasses.asdict(comparison) for comparison in comparisons],
+            "curve": [dataclasses.asdict(point) for point in page.curve_of(results)],
+        }
         manifest.write_json(config.workdir / "summary.json", together)
         inputs = [result.plan.folder / "scores.jsonl" for result in results]
         counts = {"models": len(results), "completions": sum(len(result.completions) for result in results)}

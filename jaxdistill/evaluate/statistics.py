@@ -207,6 +207,12 @@ def estimate(values: Sequence[float], n_samples: int, seed: int = 0) -> Estimate
     return Estimate(value=mean, low=float(low), high=float(high), n_problems=len(array), n_samples=n_samples)
 
 
+def of_counts(correct: float, problems: int) -> Estimate:
+    """One answer a problem, of which so many are right: with Wilson's interval, on the safe side of a fraction."""
+    low, high = _wilson(correct, problems)
+    return Estimate(value=correct / problems, low=low, high=high, n_problems=problems, n_samples=problems)
+
+
 def _wilson(successes: float, n: int) -> tuple[float, float]:
     few, many = math.floor(successes + 1e-9), math.ceil(successes - 1e-9)
     low, high = (scipy.stats.binomtest(s, n).proportion_ci(CONFIDENCE, method="wilson") for s in (few, many))

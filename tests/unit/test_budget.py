@@ -12,9 +12,12 @@ import tiny
 
 from jaxdistill.data import chat
 from jaxdistill.errors import UserError
+from jaxdistill.evaluate import scaling
 from jaxdistill.evaluate.budget import Budget, generate, without_tag
 from jaxdistill.evaluate.config import EvaluateConfig
+from jaxdistill.evaluate.grade import Summary, Tokens
 from jaxdistill.evaluate.plan import Plan, plans
+from jaxdistill.evaluate.statistics import Estimate
 from jaxdistill.evaluate.tasks import task
 from jaxdistill.models import decoder
 from jaxdistill.records import Problem
@@ -129,3 +132,39 @@ def test_several_budgets_are_runs_of_their_own(tmp_path: Path):
         dataclasses.replace(config, waits=(1, 1))
     with pytest.raises(UserError, match="expected numbers of 1 or more"):
         dataclasses.replace(config, thinking_limits=(0,))
+
+
+def summary(accuracy: float, tokens: float) -> Summary:
+    def of(value: float) -> Estimate:
+        return Estimate(value=value, low=value - 0.1, high=value + 0.1, n_problems=30, n_samples=120)
+
+    counted = Tokens(average=tokens, median=tokens)
+    return Summary(
+        accuracy=of(accuracy),
+        pass_at={1: of(accuracy)},
+        maj_at={1: of(accuracy), 2: of(accuracy), 4: of(accuracy + 0.1)},
+        tokens=counted,
+        thinking_tokens=counted,
+        answer_tokens=counted,
+        truncation_rate=0.0,
+        empty_rate=0.0,
+        no_answer_rate=0.0,
+        unverifiable_rate=0.0,
+        repetition_rate=0.0,
+    )
+
+
+def test_the_curve_holds_samples_votes_budgets_and_references_on_one_axis():
+    shown = [*scaling.points("m", summary(0.5, 1000.0)), *scaling.points("m", summary(0.3, 400.0), "think256")]
+    assert [(p.how, p.tokens, p.accuracy.value) for p in shown] == [
+        ("one sample", 1000, 0.5), ("maj@2", 2000, 0.5), ("maj@4", 4000, 0.6), ("think256", 400, 0.3),
+    ]  # fmt: skip
+    beside = scaling.references("aime2024")
+    assert [(p.model, p.tokens) for p in beside][:2] == [("o1-preview", 9083), ("o1-mini", 9903)]
+    ours = beside[2].accuracy  # 13/30, whose interval the paper's reader should know
+    assert (round(ours.value, 3), round(ours.low, 3), round(ours.high, 3)) == (0.433, 0.274, 0.608)
+    assert scaling.references("gsm8k") == []
+    drawn = scaling.plot(shown, beside)
+    for name in ("o1-preview", "o1-mini", "O1 Journey Part 2, 72B", "think256", "maj@4"):
+        assert f">{name}<" in drawn
+    assert drawn == scaling.plot(shown, beside)
