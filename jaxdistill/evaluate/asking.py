@@ -78,8 +78,11 @@ def run_config(plan: Plan) -> RunConfig:
 
 
 def spent_usd(folder: Path) -> float:
-    """What all calls of an evaluation's folder cost."""
-    with Ledger(folder / _FOLDER / LEDGER) as ledger:
+    """What all calls of an evaluation's folder cost; 0 where none were made."""
+    path = folder / _FOLDER / LEDGER
+    if not path.is_file():
+        return 0.0
+    with Ledger(path) as ledger:
         return ledger.account().spent_nano / NANO
 
 

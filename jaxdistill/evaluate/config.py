@@ -1,6 +1,7 @@
 """What an evaluation is told: which models, on what, how they are sampled, and which part of it to do."""
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -31,6 +32,8 @@ class EvaluateConfig:
     ] = ()  # tokens; for each, also runs in which thinking is ended there (budget forcing)
     waits: tuple[int, ...] = ()  # times; for each, also runs in which thinking is sent on so often by "Wait"
     rankings: Path | None = None  # JSON Lines of {"id": of a completion, "score": number}, for best of k
+    shard: str = "0/1"  # which part of the problems: the last of four hosts takes 3/4, each in a workdir of its own
+    merge: tuple[Path, ...] = ()  # run folders of shards; their completions are taken over, what none has is sampled
     budget_usd: float | None = None  # of the endpoint; hard, over all runs on this folder
     budget_tokens: int | None = None  # of the endpoint, as above; prompt and output together
     unknown_price: bool = False  # ask the endpoint although nobody knows its price; costs then count as 0
@@ -58,8 +61,20 @@ class EvaluateConfig:
                 raise UserError(f"{name} are {values}; expected numbers of 1 or more, each once")
             if values and not self.model:
                 raise UserError(f"{name} are {values}, but only models can be forced; expected --model MODEL")
+        part, parts = self.part()
+        if not 0 <= part < parts:
+            raise UserError(f"shard is {self.shard}; expected 0/{parts} to {parts - 1}/{parts}")
+        if self.merge and parts > 1:
+            raise UserError(f"shard is {self.shard}, and there are shards to merge; expected one or the other")
         if self.endpoint.larger_max_tokens is not None:
             raise UserError("endpoint.larger_max_tokens is set; an evaluation asks once, and counts what was cut off")
+
+    def part(self) -> tuple[int, int]:
+        """Number of this shard, and how many there are."""
+        found = re.fullmatch(r"(\d+)/([1-9]\d*)", self.shard)
+        if not found:
+            raise UserError(f"shard is {self.shard!r}; expected a part such as 0/4")
+        return int(found[1]), int(found[2])
 
     @property
     def asks(self) -> bool:

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class Plan:
     weights: str  # fingerprint of the model; name and address of the endpoint
     source: str  # name of the model or endpoint
     budget: Budget = Budget()
+    share: float = 1.0  # of all problems, where these are a shard's
 
     def config_alone(self) -> EvaluateConfig:
         """The configuration of an evaluation of this alone, in its folder."""
@@ -77,16 +78,39 @@ class Plan:
         """A seed of each sample's own, 31 bits; the same for every model."""
         return int.from_bytes(hashlib.sha256(f"{self.config.seed}/{id_}".encode()).digest()[:4], "big") >> 1
 
+    def merged(self) -> list[Path]:
+        """Folders of this model in the shards to be merged."""
+        return [shard / self.folder.relative_to(self.config.workdir) for shard in self.config.merge]
+
     def earlier(self) -> dict[str, Completion]:
-        """Completions that earlier calls committed, by id; a last line that a kill cut off is removed from the file.
+        """Completions that earlier calls or shards committed, by id; those of shards are copied into the own file.
+
+        A last line that a kill cut off is removed from the own file.
 
         Raises:
-          UserError: some were made by another model, with other settings, or of other problems.
+          UserError: some were made by another model, with other settings, or of other problems; or two shards differ.
         """
         path = self.folder / "completions.jsonl"
-        wanted = self.wanted()
-        done = {c.id: c for c in _committed(path)}
-        changes = {id_: found for id_, one in done.items() if (found := self._changes(one, wanted.get(id_)))}
+        done = self._checked(path, _committed(path))
+        adopted: dict[str, Completion] = {}
+        for folder in self.merged():
+            theirs = folder / "completions.jsonl"
+            for id_, one in self._checked(theirs, records.read_jsonl(theirs, Completion)).items():
+                if adopted.setdefault(id_, one) != one:
+                    raise UserError(
+                        f"{theirs} holds another completion {id_} than a shard before it; merge one of them"
+                    )
+        new = [one for id_, one in adopted.items() if id_ not in done]
+        if new:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as lines:
+                lines.writelines(records.to_json(one) + "\n" for one in new)
+        return {**done, **{one.id: one for one in new}}
+
+    def _checked(self, path: Path, found: Iterable[Completion]) -> dict[str, Completion]:
+        """By id, if they are of this plan."""
+        wanted, done = self.wanted(), {c.id: c for c in found}
+        changes = {id_: parts for id_, one in done.items() if (parts := self._changes(one, wanted.get(id_)))}
         if changes:
             raise UserError(
                 f"{path} holds completions of an earlier call, since when there were changes to: "
@@ -123,7 +147,20 @@ def _committed(path: Path) -> list[Completion]:
 
 
 def plans(config: EvaluateConfig, task: Task, problems: Sequence[Problem]) -> list[Plan]:
-    """A plan for each model and budget; a single one has the run folder to itself, several have one in it each."""
+    """A plan for each model and budget; a single one has the run folder to itself, several have one in it each.
+
+    Args:
+      problems: all of them; the plans hold those of the shard.
+
+    Raises:
+      UserError: a model is none, two are the same, or the shard has no problem.
+    """
+    part, parts = config.part()
+    own = problems[part::parts]
+    if not own:
+        raise UserError(
+            f"shard is {config.shard}, but there are {len(problems)} problems; expected as many shards at most"
+        )
     sources: dict[str, tuple[Path | None, str]] = {
         name: (model, fingerprint(model)) for name, model in zip(names_of(config.model), config.model, strict=True)
     }
@@ -139,7 +176,15 @@ def plans(config: EvaluateConfig, task: Task, problems: Sequence[Problem]) -> li
         for budget in (budgets if source[0] is not None else budgets[:1])
     }
     return [
-        Plan(config, task, problems, name, config.workdir / name if len(made) > 1 else config.workdir, *rest)
+        Plan(
+            config,
+            task,
+            own,
+            name,
+            config.workdir / name if len(made) > 1 else config.workdir,
+            *rest,
+            share=len(own) / len(problems),
+        )
         for name, rest in made.items()
     ]
 

@@ -87,6 +87,7 @@ def _evaluate(
             f"{plan.config.rankings} has no score for {len(missing)} of {len(completions)} completions, such as "
             f"{missing[:3]}; expected one line for each"
         )
+    coverage *= plan.share
     summary = summarize(completions, scores, verifier, rankings=rankings, coverage=coverage)
     manifest.write_json(plan.folder / "summary.json", dataclasses.asdict(summary))
     if plan.folder != plan.config.workdir:
@@ -98,9 +99,9 @@ def _evaluate(
 def _write_manifest(plan: Plan, counts: Mapping[str, int]) -> None:
     about = {n: getattr(plan.task, n) for n in ("prompt", "grader", "metric", "licence", "why", "source")}
     facts: dict[str, Any] = {"model": plan.weights, "task": {"name": plan.task.name, **about}}
-    inputs = [plan.config.path]
+    inputs = [plan.config.path, *(folder / "completions.jsonl" for folder in plan.merged())]
     if plan.model is None:
-        facts["cost_usd"] = spent_usd(plan.folder)
+        facts["cost_usd"] = sum(spent_usd(folder) for folder in (plan.folder, *plan.merged()))
     else:
         inputs.append(base_of(plan.model) / "config.json")
     manifest.write_manifest(plan.folder, "evaluate", inputs, counts, **facts)
@@ -169,4 +170,6 @@ def _show(config: EvaluateConfig, results: Sequence[Result], comparisons: Sequen
     Console(stderr=True).print(shown)
     for comparison in comparisons:
         say(comparison.verdict)
+    if config.part()[1] > 1:
+        say(f"this is shard {config.shard}: evaluate with --merge and the workdirs of all shards for the whole")
     say(f"all outputs: {config.workdir / 'evaluation.html'}")

@@ -171,6 +171,29 @@ def test_two_models_are_compared_in_one_command(model: Path, config: evaluate.Ev
     assert "other against hf" in html
 
 
+def test_shards_merge_to_the_table_of_the_whole(config: evaluate.EvaluateConfig, tmp_path: Path):
+    [whole] = evaluate.main(config).values()
+    shards = [
+        dataclasses.replace(config, workdir=tmp_path / f"shard{i}", shard=f"{i}/2", slots=8, seed=config.seed)
+        for i in range(2)
+    ]
+    parts = [summary for shard in shards for summary in evaluate.main(shard).values()]
+    assert [part.coverage for part in parts] == pytest.approx([2 / 3, 1 / 3])
+    with pytest.raises(UserError, match="changes to: settings"):
+        evaluate.main(dataclasses.replace(config, workdir=tmp_path / "other", seed=1, merge=(shards[0].workdir,)))
+    merged = dataclasses.replace(config, workdir=tmp_path / "merged", merge=tuple(s.workdir for s in shards))
+    [summary] = evaluate.main(merged).values()
+    assert summary == whole
+    for name in ("summary.json", "scores.jsonl"):
+        assert (merged.workdir / name).read_bytes() == (config.workdir / name).read_bytes()
+    with pytest.raises(UserError, match="shard is 3/2; expected 0/2 to 1/2"):
+        dataclasses.replace(config, shard="3/2")
+    with pytest.raises(UserError, match="expected a part such as 0/4"):
+        dataclasses.replace(config, shard="one")
+    with pytest.raises(UserError, match="one or the other"):
+        dataclasses.replace(config, shard="0/2", merge=(tmp_path,))
+
+
 def test_an_external_judge_ranks_samples(config: evaluate.EvaluateConfig, tmp_path: Path):
     rows = [{"id": c.id, "score": c.sample_index} for c, _ in read_completions(config.workdir)]
     path = tmp_path / "rankings.jsonl"
