@@ -16,7 +16,7 @@ from jaxdistill.evaluate import budget
 from jaxdistill.evaluate.plan import Plan, Wanted
 from jaxdistill.progress import Progress
 from jaxdistill.records import Completion, Problem
-from jaxdistill.sample.engine import EngineConfig
+from jaxdistill.sample.engine import Engine, EngineConfig
 from jaxdistill.sample.request import Output, Request
 from jaxdistill.sample.run import engine_for
 
@@ -26,28 +26,39 @@ def sample(plan: Plan, left: Wanted) -> Iterator[Completion]:
     config, model = plan.config, plan.model
     assert model is not None
     tokenizer = chat.load_tokenizer(base_of(model))
-
-    def prompt(problem: Problem) -> tuple[int, ...]:
-        return tuple(chat.prompt_tokens(tokenizer, plan.messages(problem)))
-
-    requests = [Request(id_, prompt(problem), config.sampling, plan.seed(id_)) for id_, (problem, _) in left.items()]
-    console = Console(stderr=True)
-    columns = (*Progress.get_default_columns(), TextColumn("{task.fields[speed]}"))
-    with jax.set_mesh(config.mesh.build()), Progress(*columns, console=console) as progress:
+    with jax.set_mesh(config.mesh.build()):
         how = EngineConfig(slots=config.slots, compute_dtype=config.compute_dtype)
-        engine = engine_for(model, tokenizer, requests, how)
+        engine = engine_for(model, tokenizer, requests(plan, left, tokenizer), how)
         if fingerprint(model) != plan.weights:
             raise RunError(f"{model} was written to while it was read; evaluate it again when it is finished")
-        bar = progress.add_task(f"sample {plan.name}", total=len(requests), speed="")
+        yield from draw(engine, tokenizer, plan, left)
+
+
+def requests(plan: Plan, left: Wanted, tokenizer: Any) -> list[Request]:
+    """What the engine is asked."""
+    sampling = plan.config.sampling
+    return [
+        Request(id_, tuple(chat.prompt_tokens(tokenizer, plan.messages(problem))), sampling, plan.seed(id_))
+        for id_, (problem, _) in left.items()
+    ]
+
+
+def draw(engine: Engine, tokenizer: Any, plan: Plan, left: Wanted) -> Iterator[Completion]:
+    """Completions from an engine on the current mesh, with a bar of how far they are."""
+    asked = requests(plan, left, tokenizer)
+    console = Console(stderr=True)
+    columns = (*Progress.get_default_columns(), TextColumn("{task.fields[speed]}"))
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task(f"sample {plan.name}", total=len(asked), speed="")
         tokens, start = 0, time.monotonic()
-        for output in budget.generate(engine, requests, plan.budget, tokenizer):
+        for output in budget.generate(engine, asked, plan.budget, tokenizer):
             tokens += len(output.tokens)
             speed = f"{tokens / (time.monotonic() - start):,.0f} tokens/s"  # of finished samples, compilation included
             progress.update(bar, advance=1, speed=speed)
             problem, index = left[output.id]
             yield _completion(plan, output, problem, index, tokenizer)
         wall_s = time.monotonic() - start
-    console.print(f"{len(requests)} samples, {tokens:,} tokens in {wall_s:,.1f} s: {tokens / wall_s:,.0f} tokens/s")
+    console.print(f"{len(asked)} samples, {tokens:,} tokens in {wall_s:,.1f} s: {tokens / wall_s:,.0f} tokens/s")
 
 
 def _completion(plan: Plan, output: Output, problem: Problem, index: int, tokenizer: Any) -> Completion:

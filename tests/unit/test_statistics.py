@@ -147,8 +147,8 @@ def test_the_paired_interval_covers_the_truth_about_95_times_in_100() -> None:
     random, hits, false_alarms = np.random.default_rng(0), 0, 0
     for _ in range(100):
         chance = random.beta(1, 2, size=50)
-        shares = [(random.random((50, 4)) < chance[:, None]).mean(axis=1) for _ in range(2)]
-        found = paired_difference(*(list(map(float, own)) for own in shares))
+        first, second = [(random.random((50, 4)) < chance[:, None]).mean(axis=1).tolist() for _ in range(2)]
+        found = paired_difference(first, second)
         hits += found.low <= 0 <= found.high
         false_alarms += not found.in_noise
     assert 88 <= hits <= 100
