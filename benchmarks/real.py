@@ -25,6 +25,7 @@ from jaxdistill.data import loader
 from jaxdistill.errors import RunError, UserError
 from jaxdistill.evaluate import run as evaluate
 from jaxdistill.evaluate.grade import Summary
+from jaxdistill.evaluate.results import read_completions
 from jaxdistill.evaluate.statistics import PairedTest, mcnemar
 from jaxdistill.evaluate.tasks import BOXED_PROMPT
 from jaxdistill.records import Example, Problem
@@ -83,10 +84,12 @@ def prepare(run: Path) -> dict[str, int]:
 def score(run: Path, stage: str, model: Path) -> dict[str, Summary]:
     """Both benchmarks for one model."""
     return {
-        task: evaluate.main(
+        task: summary
+        for task, (path, limit) in TASKS.items()
+        for summary in evaluate.main(
             evaluate.EvaluateConfig(
                 workdir=run / "evaluate" / stage / task,
-                model=model,
+                model=(model,),
                 task=task,
                 path=path,
                 limit=limit,
@@ -94,8 +97,7 @@ def score(run: Path, stage: str, model: Path) -> dict[str, Summary]:
                 slots=50,
                 compute_dtype="float32",
             )
-        )
-        for task, (path, limit) in TASKS.items()
+        ).values()
     }
 
 
@@ -134,7 +136,7 @@ def paired(run: Path, task: str) -> PairedTest:
     """Exact McNemar test of the same problems before and after."""
     right = []
     for stage in ("before", "after"):
-        rows = evaluate.read_completions(run / "evaluate" / stage / task)
+        rows = read_completions(run / "evaluate" / stage / task)
         right.append([score.verdict.label == "correct" for _, score in sorted(rows, key=lambda row: row[0].id)])
     return mcnemar(*right)
 

@@ -108,6 +108,27 @@ def load(command: Command, arguments: list[str], name: str) -> Any:
     return tyro.cli(kind, default=default, args=overrides, prog=f"{program} {path}", config=flags)
 
 
+def together(arguments: list[str]) -> list[str]:
+    """An option that is given again gives more values: `--model A --model B` is `--model A B`.
+
+    argparse would take the last alone without a word; where one value is expected, two are refused this way.
+    """
+    names = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
+    if len(set(names)) == len(names):
+        return arguments
+    first: list[str] = []
+    options: dict[str, list[str]] = {}
+    values = first
+    for argument in arguments:
+        if not argument.startswith("--"):
+            values.append(argument)
+            continue
+        name, given, value = argument.partition("=")
+        values = options.setdefault(name, [])
+        values += [value] if given else []
+    return first + [word for name, values in options.items() for word in (name, *values)]
+
+
 def _run_recipe(path: str) -> Any:
     """What config() of a recipe returns, None where it has none; its errors become one line that says where."""
     try:
@@ -138,7 +159,7 @@ def main(arguments: list[str] | None = None) -> None:
         if name not in COMMANDS:
             raise UserError(f"no command {name!r}; expected one of {', '.join(group or COMMANDS)}")
         command = COMMANDS[name]
-        config = load(command, rest, name)
+        config = load(command, together(rest), name)
         if command.uses_devices:
             from jaxdistill import runtime  # imports jax, which the other commands do without
 

@@ -9,9 +9,9 @@ from jaxdistill.records import whole_file
 
 
 def write(path: Path, template: Path, **values: Any) -> None:
-    """Fills in a template, which may include others of its folder; the file appears whole or not at all."""
+    """Fills in a template, which may include others of its folder and style.css.jinja; the file appears whole."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(template.parent),
+        loader=jinja2.FileSystemLoader([template.parent, Path(__file__).parent]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

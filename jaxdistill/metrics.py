@@ -115,6 +115,10 @@ class StepLog:
         self._waiting: tuple[int, Mapping[str, Any], Mapping[str, float], Sequence[str]] | None = None
         self._settled = time.perf_counter()
 
+    def restart_clock(self) -> None:
+        """What was done since the last step was settled is no part of the next one's time."""
+        self._settled = time.perf_counter()
+
     def add(self, number: int, values: Mapping[str, Any], facts: Mapping[str, float], ids: Sequence[str]) -> None:
         """Takes a step that has just been started, and settles the one before.
 

@@ -21,6 +21,7 @@ from jaxdistill.checkpoint import Checkpoints, fingerprint, keep_base, load_mode
 from jaxdistill.data import chat, loader
 from jaxdistill.data.packing import Batch
 from jaxdistill.errors import PreemptedError, UserError
+from jaxdistill.evaluate.live import Live, numbers
 from jaxdistill.models import decoder, quantized
 from jaxdistill.models.attention import backends
 from jaxdistill.progress import Progress
@@ -94,6 +95,8 @@ class Run:
         if lost:
             raise UserError(f"no such file: {', '.join(lost)}; expected JSON Lines files of examples")
         self.heldout = self._prepare(config.heldout) if config.heldout else None
+        live = config.evaluate
+        self.live = Live(live, self.base, self.c, config.step.compute_dtype) if live.every else None
         self.stages = self._stages()
         packed = [stage.rows for stage in self.stages] + ([self.heldout] if self.heldout else [])
         segments = 1 + max(len(row) for rows in packed for row in rows.rows)
@@ -198,6 +201,7 @@ class Run:
             params, _ = load_model(model, dtype=dtype)
             state = new_state(params, stage.optimizer, self.config.seed, average, offload)
             self._log_heldout(0, state.params, log)
+            self._log_task(0, state.params, stage, log)
             return state
         like = abstract_state(self.template, stage.optimizer, dtype, average, offload)
         state, stored = checkpoints.restore(newest, like)
@@ -253,6 +257,10 @@ class Run:
                     steps_log.settle()  # a state is saved only after its loss was seen to be finite
                     place_in_input = {"position": batches.get_state(), "origin": stage.origin}
                     checkpoints.save(number, state, {**place_in_input, "result": state.result_name})
+                if self.live and not preempted and (number % config.evaluate.every == 0 or number == steps):
+                    steps_log.settle()
+                    self._log_task(number, getattr(state, state.result_name), stage, log)
+                    steps_log.restart_clock()
                 if preempted:
                     raise PreemptedError(f"preempted: step {number} of {stage.name} is saved; run it again to go on")
         return state
@@ -267,6 +275,14 @@ class Run:
             "padding_fraction": 1 - tokens / batch.segments.size,
             "flop_imbalance": metrics.flop_imbalance(by_rank),
         }
+
+    def _log_task(self, step: int, params: decoder.Params, stage: _Stage, log: metrics.MetricsLog) -> None:
+        """Scores of the task that is run while training."""
+        if self.live is None:
+            return
+        summary = self.live.run(params, stage.folder / "evaluations", step)
+        log.write(step, **numbers(summary))
+        self.console.print(f"{self.config.evaluate.task} at step {step}: {summary.accuracy}")
 
     def _log_heldout(self, step: int, params: decoder.Params, log: metrics.MetricsLog) -> float | None:
         """Token-mean loss on the held-out examples."""

@@ -9,6 +9,7 @@ from typing import Any
 from jaxdistill import hf, manifest, models, sharding
 from jaxdistill.checkpoint import base_of
 from jaxdistill.errors import UserError
+from jaxdistill.evaluate.live import LiveConfig
 from jaxdistill.models.attention import Attention, backends
 from jaxdistill.models.config import Config
 from jaxdistill.models.context import ContextExtension
@@ -49,6 +50,7 @@ class TrainConfig:
     evaluation_sets: tuple[Path, ...] = ()  # the model's tests; every example must have been checked against these
     allow_contamination: bool = False  # train although the manifests do not say that it was
     heldout: Path | None = None  # Example rows whose loss is measured before, between and after
+    evaluate: LiveConfig = LiveConfig()  # a task that is run on the weights as they are trained
     row_tokens: int = 8192  # T, positions in a packed row
     batch_rows: int = 8  # rows in an optimizer step, over all devices
     deal_window: int = 16  # steps that trade rows, so that those of a step cost alike; 1 is a plain shuffle

@@ -20,6 +20,7 @@ from jaxdistill.demo import student
 from jaxdistill.errors import UserError
 from jaxdistill.evaluate import run as evaluate
 from jaxdistill.evaluate.grade import Summary
+from jaxdistill.evaluate.results import read_completions
 from jaxdistill.local_teacher import problems
 from jaxdistill.local_teacher.answers import Faults
 from jaxdistill.local_teacher.server import TeacherOptions, running_teacher
@@ -231,10 +232,12 @@ class Demo:
         if self.config.answers_only:
             models[_ANSWERS] = self._phase(_ANSWERS)
         return {
-            name: evaluate.main(
+            name: summary
+            for name, model in models.items()
+            for summary in evaluate.main(
                 evaluate.EvaluateConfig(
                     workdir=self.workdir / "evaluate" / name,
-                    model=model,
+                    model=(model,),
                     task="problems",
                     prompt="{problem}",  # as the student was trained
                     path=heldout_file,
@@ -244,8 +247,7 @@ class Demo:
                     slots=200,
                     compute_dtype="float32",
                 )
-            )
-            for name, model in models.items()
+            ).values()
         }
 
     def _answer_tokens(self, heldout_file: Path) -> int:
@@ -323,7 +325,7 @@ class Demo:
 
     def _comparisons(self, stages: list[str], count: int = 8) -> tuple[page.Comparison, ...]:
         """The first sample of a few problems, as each stage's model answered it."""
-        answered = {name: evaluate.read_completions(self.workdir / "evaluate" / name) for name in stages}
+        answered = {name: read_completions(self.workdir / "evaluate" / name) for name in stages}
         wanted = list(records.read_jsonl(self.workdir / "problems" / "heldout.jsonl", Problem))[:count]
 
         def outputs(problem: Problem) -> dict[str, tuple[str, bool]]:

@@ -5,9 +5,11 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 
 from jaxdistill.errors import UserError
-from jaxdistill.evaluate.statistics import Estimate, avg_at_n, maj_at_k, pass_at_k
+from jaxdistill.evaluate.statistics import Estimate, avg_at_n, best_of_k, maj_at_k, pass_at_k
 from jaxdistill.records import Completion, Score, Verdict
 from jaxdistill.verify import Verifier, normalize
+
+_LONGEST_LOOP, _LEAST_TURNS, _LEAST_LOOPED = 1000, 4, 100  # characters, times, characters: see `repeats`
 
 RIGHT = "right"  # answer class of every correct sample
 
@@ -22,7 +24,7 @@ class Tokens:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What one evaluation says; the rates are shares of completions and do not overlap."""
+    """What one evaluation says; the rates are shares of completions and, but for the last, do not overlap."""
 
     accuracy: Estimate  # avg@n
     pass_at: Mapping[int, Estimate]  # by k
@@ -34,6 +36,9 @@ class Summary:
     empty_rate: float  # stopped by itself without a word
     no_answer_rate: float  # text without a boxed answer after the thinking part
     unverifiable_rate: float  # an answer that could not be compared
+    repetition_rate: float  # ends in a loop; may be any of the above too
+    best_of: Mapping[int, Estimate] = dataclasses.field(default_factory=dict)  # by k; by the scores of another judge
+    coverage: float = 1.0  # share of the completions asked for that are here; below 1 the numbers are not final
 
 
 def _boxed_math(completion: Completion, gold: str, verifier: Verifier) -> Verdict:
@@ -80,6 +85,8 @@ def summarize(
     verifier: Verifier | None = None,
     ks: Sequence[int] | None = None,
     seed: int = 0,
+    rankings: Mapping[str, float] | None = None,
+    coverage: float = 1.0,
 ) -> Summary:
     """The numbers of one task, one model and one setting.
 
@@ -87,15 +94,18 @@ def summarize(
       verifier: decides which wrong answers equal one another for maj@k; without it only equal spellings do.
       ks: the k of pass@k and maj@k; powers of two up to the n samples a problem, and n, unless given.
       seed: of the bootstrap.
+      rankings: the score that another judge gave, by completion id, for best of k.
+      coverage: share of the completions asked for that these are.
 
     Raises:
       ValueError: scores and completions do not match, or problems have different numbers of samples.
     """
-    items = _by_item(completions, scores)
+    items = by_item(completions, scores)
     n = len(next(iter(items.values())))
     ks = sorted({2**i for i in range(n.bit_length())} | {n}) if ks is None else ks
-    correct = [[verdict.label == "correct" for verdict in verdicts] for verdicts in items.values()]
-    classes = [answer_classes(verdicts, verifier) for verdicts in items.values()]
+    correct = [[score.verdict.label == "correct" for _, score in pairs] for pairs in items.values()]
+    classes = [answer_classes([score.verdict for _, score in pairs], verifier) for pairs in items.values()]
+    ranks = [[rankings[c.id] for c, _ in pairs] for pairs in items.values()] if rankings else None
     thinking, answer = [c.thinking_tokens for c in completions], [c.answer_tokens for c in completions]
 
     def rate(*rules: str) -> float:
@@ -112,7 +122,19 @@ def summarize(
         empty_rate=rate("empty"),
         no_answer_rate=rate("no_answer"),
         unverifiable_rate=sum(score.verdict.label == "unverifiable" for score in scores) / len(scores),
+        repetition_rate=sum(repeats(c.text) for c in completions) / len(completions),
+        best_of={k: best_of_k(correct, ranks, k, seed) for k in ks} if ranks else {},
+        coverage=coverage,
     )
+
+
+def repeats(text: str) -> bool:
+    """Whether a text ends in a loop: up to 1,000 characters, four times or more, and for 100 characters or more."""
+    for length in range(1, min(_LONGEST_LOOP, len(text) // _LEAST_TURNS) + 1):
+        turns = max(_LEAST_TURNS, -(-_LEAST_LOOPED // length))
+        if text.endswith(text[-length:] * turns):
+            return True
+    return False
 
 
 def answer_classes(verdicts: Sequence[Verdict], verifier: Verifier | None = None) -> list[str | None]:
@@ -139,18 +161,23 @@ def answer_classes(verdicts: Sequence[Verdict], verifier: Verifier | None = None
     return [class_of(verdict) for verdict in verdicts]
 
 
-def _by_item(completions: Sequence[Completion], scores: Sequence[Score]) -> dict[str, list[Verdict]]:
-    verdicts = {score.completion_id: score.verdict for score in scores}
+def by_item(completions: Sequence[Completion], scores: Sequence[Score]) -> dict[str, list[tuple[Completion, Score]]]:
+    """The samples of each problem, with their scores, in order.
+
+    Raises:
+      ValueError: scores and completions do not match, or problems have different numbers of samples.
+    """
+    by_id = {score.completion_id: score for score in scores}
     ids = {completion.id for completion in completions}
-    if not completions or verdicts.keys() != ids or not len(scores) == len(completions) == len(ids):
+    if not completions or by_id.keys() != ids or not len(scores) == len(completions) == len(ids):
         raise ValueError(
-            f"{len(completions)} completions with {len(ids)} ids and {len(scores)} scores with {len(verdicts)} ids; "
+            f"{len(completions)} completions with {len(ids)} ids and {len(scores)} scores with {len(by_id)} ids; "
             f"expected one score for each of one or more completions; without a partner: "
-            f"{sorted(verdicts.keys() ^ ids)[:10]}"
+            f"{sorted(by_id.keys() ^ ids)[:10]}"
         )
-    items: dict[str, list[Verdict]] = {}
+    items: dict[str, list[tuple[Completion, Score]]] = {}
     for completion in sorted(completions, key=lambda c: c.sample_index):
-        items.setdefault(completion.item_id, []).append(verdicts[completion.id])
+        items.setdefault(completion.item_id, []).append((completion, by_id[completion.id]))
     counts = {len(samples) for samples in items.values()}
     if len(counts) > 1:
         most = max(counts)

@@ -1,241 +1,175 @@
-"""`jaxdistill evaluate`: samples a task's problems from a model, grades them, and says how sure it is."""
+"""`jaxdistill evaluate`: samples a task's problems from models, grades and compares them, and says how sure it is."""
 
 import dataclasses
-import hashlib
-import json
-import os
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import jax
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import TextColumn
 from rich.table import Table
 
-from jaxdistill import manifest, records, thinking
-from jaxdistill.checkpoint import base_of, fingerprint
-from jaxdistill.data import chat
+from jaxdistill import manifest, records
+from jaxdistill.checkpoint import base_of
 from jaxdistill.errors import RunError, UserError
-from jaxdistill.evaluate import tasks
+from jaxdistill.evaluate import page, tasks
+from jaxdistill.evaluate.asking import ask, spent_usd
+from jaxdistill.evaluate.compare import Comparison, compare_all
+from jaxdistill.evaluate.config import EvaluateConfig
 from jaxdistill.evaluate.grade import Summary, grade, grader_named, summarize
-from jaxdistill.progress import Progress
-from jaxdistill.records import Completion, Problem
-from jaxdistill.sample.engine import EngineConfig
-from jaxdistill.sample.request import Output, Request, SamplingConfig
-from jaxdistill.sample.run import engine_for
-from jaxdistill.sharding import MeshConfig
+from jaxdistill.evaluate.plan import Plan, Wanted, plans
+from jaxdistill.evaluate.results import Result, measures
+from jaxdistill.evaluate.sampling import sample
+from jaxdistill.progress import say
+from jaxdistill.records import Completion
 from jaxdistill.verify import Verifier
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """One model on one task under one sampling setting."""
+def main(config: EvaluateConfig) -> Mapping[str, Summary]:
+    """Samples what is missing, grades everything, prints and writes it; returns the summaries by name.
 
-    workdir: Path  # run folder; run again with the same one to resume
-    model: Path  # Hugging Face folder, or a phase folder of a training run
-    task: str  # name of a file in evaluate/tasks/
-    path: Path  # the task's problems, a JSON Lines file
-    limit: int | None = None  # problems, a fixed random choice; all by default
-    limit_seed: int = 0  # of that choice
-    prompt: str | None = None  # template with {problem}; the task's own by default
-    samples: int = 1  # per problem
-    seed: int = 0  # of the sampling; a request's own seed also depends on problem and sample
-    sampling: SamplingConfig = SamplingConfig()
-    slots: int = 32  # requests decoded at once, rounded up to a multiple of the mesh's data x fsdp
-    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    mesh: MeshConfig = MeshConfig()
+    Completions are committed one by one: a run that was killed goes on where it stopped. A request that an endpoint
+    did not answer is never scored: the summary is of the problems whose samples are all here, and tells the coverage.
 
-    def __post_init__(self):
-        if self.prompt is not None and "{problem}" not in self.prompt:
-            raise UserError(f"prompt is {self.prompt!r}; expected a template with {{problem}}")
-        if self.samples < 1 or self.slots < 1:
-            raise UserError(f"samples is {self.samples} and slots {self.slots}; expected 1 or more")
-        if self.samples > 1 and self.sampling.temperature == 0:
-            raise UserError(
-                f"samples is {self.samples} at temperature 0, where all samples of a problem are one; "
-                "set sampling.temperature, or ask for one sample"
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """What an evaluation is to sample, and how."""
-
-    config: EvaluateConfig
-    task: tasks.Task
-    problems: list[Problem]
-    weights: str  # fingerprint of the model
-
-    def wanted(self) -> dict[str, tuple[Problem, int]]:
-        """Problem and sample index by completion id."""
-        return {f"{self.task.name}/{p.id}/{i}": (p, i) for p in self.problems for i in range(self.config.samples)}
-
-    def settings(self, problem: Problem) -> dict[str, Any]:
-        """What a completion's text and grade depend on, apart from its seed."""
-        content = json.dumps([problem.problem, problem.answer])
-        return {
-            **dataclasses.asdict(self.config.sampling),
-            "compute_dtype": self.config.compute_dtype,
-            "model": str(self.config.model),
-            "weights": self.weights,
-            "prompt": self.task.prompt,
-            "problem": hashlib.sha256(content.encode()).hexdigest()[:16],
-        }
-
-    def seed(self, id_: str) -> int:
-        """A seed of each sample's own, 31 bits."""
-        return int.from_bytes(hashlib.sha256(f"{self.config.seed}/{id_}".encode()).digest()[:4], "big") >> 1
-
-    def changes(self, earlier: Completion, item: tuple[Problem, int] | None) -> set[str]:
-        """Which of model, settings and problems a completion of an earlier call does not share.
-
-        Args:
-          item: what is wanted under its id, if anything.
-        """
-        if item is None:
-            return {"settings" if earlier.sample_index >= self.config.samples else "problems"}
-        now, then = self.settings(item[0]), earlier.settings
-        differ = {key for key in now.keys() | then.keys() if now.get(key) != then.get(key)}
-        found = {_PART_OF_SETTING.get(key, "settings") for key in differ}
-        return found if earlier.seed == self.seed(earlier.id) else found | {"settings"}
-
-
-_PART_OF_SETTING = {"model": "model", "weights": "model", "problem": "problems"}  # all others: settings
-
-
-def main(config: EvaluateConfig) -> Summary:
-    """Samples what is missing, grades everything, prints and writes the summary.
-
-    Completions are committed one by one: a run that was killed goes on where it stopped.
+    Raises:
+      RunError: some of it is incomplete; all that is here is written.
+      UserError: models, task, problems or settings do not fit together, or earlier completions are of something else.
     """
-    workdir, task = config.workdir, tasks.task(config.task)
+    task = tasks.task(config.task)
     if config.prompt is not None:
         task = dataclasses.replace(task, prompt=config.prompt)
     grader_named(task.grader)  # refused before hours of sampling, not after
     problems = tasks.select(task.problems_from(config.path), config.limit, config.limit_seed)
-    plan = _Plan(config, task, problems, fingerprint(config.model))
-    completions = _complete(plan)
+    rankings = _rankings(config.rankings)
+    planned = plans(config, task, problems)
+    earlier = [plan.earlier() for plan in planned]  # all are looked at before any is sampled
+    manifest.write_config(config.workdir, config)
+    cut: list[str] = []  # why something is incomplete
     with Verifier() as verifier:
-        scores = grade(completions, {p.id: p.answer or "" for p in problems}, verifier, task.grader)
-        summary = summarize(completions, scores, verifier)
-    records.write_jsonl(workdir / "scores.jsonl", scores)
-    manifest.write_json(workdir / "summary.json", dataclasses.asdict(summary))
-    counts = {"problems": len(problems), "completions": len(completions)}
-    inputs = [config.path, base_of(config.model) / "config.json"]
-    about = {name: getattr(task, name) for name in ("prompt", "grader", "metric", "licence", "why", "source")}
-    manifest.write_manifest(workdir, "evaluate", inputs, counts, model=plan.weights, task={"name": task.name, **about})
-    Console(stderr=True).print(table(escape(f"{config.model} on {config.task}"), summary))
-    return summary
+        parts = [_evaluate(plan, done, verifier, rankings, cut) for plan, done in zip(planned, earlier, strict=True)]
+    results = [result for result in parts if result is not None]
+    if not results:
+        raise RunError(f"no problem has all its samples: {'; '.join(cut)}")
+    comparisons = compare_all(results) if len(results) > 1 else []
+    _write(config, results, comparisons)
+    _show(config, results, comparisons)
+    if cut:
+        raise RunError(f"incomplete: {'; '.join(cut)}")
+    return {result.name: result.summary for result in results}
 
 
-def table(title: str, summary: Summary) -> Table:
-    """The summary as a table for a person."""
-    shown = Table(title=title)
-    shown.add_column("measure")
-    shown.add_column("value", justify="right")
-    n = max(summary.pass_at)
-    for name, value in {
-        f"avg@{n}": str(summary.accuracy),
-        **{f"pass@{k}": str(estimate) for k, estimate in summary.pass_at.items() if k > 1},
-        **{f"maj@{k}": str(estimate) for k, estimate in summary.maj_at.items() if k > 1},
-        "average tokens": f"{summary.tokens.average:,.0f}",
-        "truncated": f"{summary.truncation_rate:.1%}",
-        "no answer": f"{summary.no_answer_rate:.1%}",
-    }.items():
-        shown.add_row(name, value)
-    return shown
+def _evaluate(
+    plan: Plan,
+    done: dict[str, Completion],
+    verifier: Verifier,
+    rankings: Mapping[str, float] | None,
+    cut: list[str],
+) -> Result | None:
+    """One model, from its first missing sample to its summary; None while no problem has all its samples.
 
-
-def _complete(plan: _Plan) -> list[Completion]:
-    """All completions, of earlier calls and of this one, in the order of the problems."""
-    path = plan.config.workdir / "completions.jsonl"
+    Args:
+      cut: takes why not all of it is here.
+    """
     wanted = plan.wanted()
-    done = {c.id: c for c in _earlier(path)}
-    changes = {id_: found for id_, completion in done.items() if (found := plan.changes(completion, wanted.get(id_)))}
-    if changes:
+    _complete(plan, done, cut)
+    completions = [done[id_] for id_ in wanted if id_ in done]
+    scores = grade(completions, {p.id: p.answer or "" for p in plan.problems}, verifier, plan.task.grader)
+    records.write_jsonl(plan.folder / "scores.jsonl", scores)
+    lacking = {problem.id for id_, (problem, _) in wanted.items() if id_ not in done}
+    scores = [score for one, score in zip(completions, scores, strict=True) if one.item_id not in lacking]
+    coverage, completions = len(completions) / len(wanted), [c for c in completions if c.item_id not in lacking]
+    if lacking:
+        cut.append(f"{plan.name} has {coverage:.1%} of its {len(wanted)} completions")
+    if not completions:
+        return None
+    if rankings is not None and (missing := sorted({c.id for c in completions} - rankings.keys())):
         raise UserError(
-            f"{path} holds completions of an earlier call, since when there were changes to: "
-            f"{', '.join(sorted(set().union(*changes.values())))} (for example {next(iter(changes))}); "
-            "use another workdir, or remove the file"
+            f"{plan.config.rankings} has no score for {len(missing)} of {len(completions)} completions, such as "
+            f"{missing[:3]}; expected one line for each"
         )
-    manifest.write_config(plan.config.workdir, plan.config)
-    left = {id_: item for id_, item in wanted.items() if id_ not in done}
-    if left:
-        with path.open("a", encoding="utf-8") as lines:
+    coverage *= plan.share
+    summary = summarize(completions, scores, verifier, rankings=rankings, coverage=coverage)
+    manifest.write_json(plan.folder / "summary.json", dataclasses.asdict(summary))
+    if plan.folder != plan.config.workdir:
+        manifest.write_config(plan.folder, plan.config_alone())
+    _write_manifest(plan, {"problems": len(plan.problems), "completions": len(done)})
+    return Result(plan=plan, completions=completions, scores=scores, summary=summary)
+
+
+def _write_manifest(plan: Plan, counts: Mapping[str, int]) -> None:
+    about = {n: getattr(plan.task, n) for n in ("prompt", "grader", "metric", "licence", "why", "source")}
+    facts: dict[str, Any] = {"model": plan.weights, "task": {"name": plan.task.name, **about}}
+    inputs = [plan.config.path, *(folder / "completions.jsonl" for folder in plan.merged())]
+    if plan.model is None:
+        facts["cost_usd"] = sum(spent_usd(folder) for folder in (plan.folder, *plan.merged()))
+    else:
+        inputs.append(base_of(plan.model) / "config.json")
+    manifest.write_manifest(plan.folder, "evaluate", inputs, counts, **facts)
+
+
+def _complete(plan: Plan, done: dict[str, Completion], cut: list[str]) -> None:
+    """Adds what is missing to the completions of earlier calls, each of them committed as it comes."""
+    left = {id_: item for id_, item in plan.wanted().items() if id_ not in done}
+    if not left:
+        return
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with (plan.folder / "completions.jsonl").open("a", encoding="utf-8") as lines:
             for completion in _sample(plan, left):
                 lines.write(records.to_json(completion) + "\n")
                 lines.flush()
                 done[completion.id] = completion
-    return [done[id_] for id_ in wanted]
+    except (RunError, UserError) as error:
+        if plan.model is not None or not done:
+            raise
+        cut.append(str(error))
 
 
-def _earlier(path: Path) -> list[Completion]:
-    """Completions that were committed before; a last line that a kill cut off is removed from the file."""
-    if not path.is_file():
-        return []
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        os.truncate(path, whole)
-    return list(records.read_jsonl(path, Completion))
+def _sample(plan: Plan, left: Wanted) -> Iterator[Completion]:
+    return ask(plan, left) if plan.model is None else sample(plan, left)
 
 
-def _sample(plan: _Plan, left: dict[str, tuple[Problem, int]]) -> Iterator[Completion]:
-    config = plan.config
-    tokenizer = chat.load_tokenizer(base_of(config.model))
-
-    def prompt(problem: Problem) -> tuple[int, ...]:
-        return tuple(chat.prompt_tokens(tokenizer, [{"role": "user", "content": plan.task.ask(problem)}]))
-
-    requests = [Request(id_, prompt(problem), config.sampling, plan.seed(id_)) for id_, (problem, _) in left.items()]
-    console = Console(stderr=True)
-    columns = (*Progress.get_default_columns(), TextColumn("{task.fields[speed]}"))
-    with jax.set_mesh(config.mesh.build()), Progress(*columns, console=console) as progress:
-        how = EngineConfig(slots=config.slots, compute_dtype=config.compute_dtype)
-        engine = engine_for(config.model, tokenizer, requests, how)
-        if fingerprint(config.model) != plan.weights:
-            raise RunError(f"{config.model} was written to while it was read; evaluate it again when it is finished")
-        bar = progress.add_task(f"sample {config.task}", total=len(requests), speed="")
-        tokens, start = 0, time.monotonic()
-        for output in engine.generate(requests):
-            tokens += len(output.tokens)
-            speed = f"{tokens / (time.monotonic() - start):,.0f} tokens/s"  # of finished samples, compilation included
-            progress.update(bar, advance=1, speed=speed)
-            problem, index = left[output.id]
-            yield _completion(plan, output, problem, index, tokenizer)
-        wall_s = time.monotonic() - start
-    console.print(f"{len(requests)} samples, {tokens:,} tokens in {wall_s:,.1f} s: {tokens / wall_s:,.0f} tokens/s")
+def _rankings(path: Path | None) -> dict[str, float] | None:
+    if path is None:
+        return None
+    rankings: dict[str, float] = {}
+    for number, row in records.read_json_objects(path):
+        id_, score = row.get("id"), row.get("score")
+        if not isinstance(id_, str) or isinstance(score, bool) or not isinstance(score, int | float):
+            raise UserError(f'{path}:{number}: expected {{"id": id of a completion, "score": number}}')
+        rankings[id_] = float(score)
+    return rankings
 
 
-def _completion(plan: _Plan, output: Output, problem: Problem, index: int, tokenizer: Any) -> Completion:
-    text = tokenizer.decode(output.tokens, skip_special_tokens=True)
-    thought = _thinking_tokens(text, len(output.tokens), tokenizer)
-    return Completion(
-        id=output.id,
-        task=plan.task.name,
-        item_id=problem.id,
-        sample_index=index,
-        seed=plan.seed(output.id),
-        settings=plan.settings(problem),
-        text=text,
-        thinking_tokens=thought,
-        answer_tokens=len(output.tokens) - thought,
-        finish_reason=output.finish_reason,
-    )
+def _write(config: EvaluateConfig, results: Sequence[Result], comparisons: Sequence[Comparison]) -> None:
+    """What is about all models together."""
+    if len(results) > 1:
+        summaries = {result.name: dataclasses.asdict(result.summary) for result in results}
+        together = {
+            "models": summaries,
+            "comparisons": [dataclasses.asdict(comparison) for comparison in comparisons],
+            "curve": [dataclasses.asdict(point) for point in page.curve_of(results)],
+        }
+        manifest.write_json(config.workdir / "summary.json", together)
+        inputs = [result.plan.folder / "scores.jsonl" for result in results]
+        counts = {"models": len(results), "completions": sum(len(result.completions) for result in results)}
+        manifest.write_manifest(config.workdir, "compare", inputs, counts)
+    page.write(config.workdir / "evaluation.html", results, comparisons)
 
 
-def _thinking_tokens(text: str, tokens: int, tokenizer: Any) -> int:
-    """Tokens up to the end of the thinking part; all of them if it never ends, none if there is none."""
-    thought, mark, _ = text.rpartition(thinking.CLOSE)
-    if mark:
-        return min(tokens, len(tokenizer(thought + mark, add_special_tokens=False)["input_ids"]))
-    return tokens if thinking.OPEN in text else 0
-
-
-def read_completions(workdir: Path) -> list[tuple[Completion, records.Score]]:
-    """Completions of a finished evaluation with their scores."""
-    scores = {s.completion_id: s for s in records.read_jsonl(workdir / "scores.jsonl", records.Score)}
-    return [(c, scores[c.id]) for c in records.read_jsonl(workdir / "completions.jsonl", Completion)]
+def _show(config: EvaluateConfig, results: Sequence[Result], comparisons: Sequence[Comparison]) -> None:
+    """The table, and what the comparisons say."""
+    accuracy = results[0].summary.accuracy
+    about = f"{accuracy.n_problems} problems x {accuracy.n_samples // accuracy.n_problems} samples"
+    shown = Table(title=escape(f"{config.task}, {about}"))
+    shown.add_column("measure")
+    for result in results:
+        shown.add_column(escape(result.name), justify="right")
+    for name, values in measures({result.name: result.summary for result in results}).items():
+        shown.add_row(escape(name), *map(escape, values))
+    Console(stderr=True).print(shown)
+    for comparison in comparisons:
+        say(comparison.verdict)
+    if config.part()[1] > 1:
+        say(f"this is shard {config.shard}: evaluate with --merge and the workdirs of all shards for the whole")
+    say(f"all outputs: {config.workdir / 'evaluation.html'}")

@@ -1,4 +1,4 @@
-"""How sure the scores are: avg@n, pass@k and maj@k with 95% intervals, and the paired test of two models."""
+"""How sure the scores are: avg@n, pass@k, maj@k and best of k with 95% intervals, and paired tests of two models."""
 
 import dataclasses
 import math
@@ -34,6 +34,25 @@ class PairedTest:
     first_only: int  # problems that only the first model solved
     second_only: int
     p_value: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PairedDifference:
+    """By how much the second of two models is better on the same problems: a mean, its 95% interval, two-sided p."""
+
+    value: float  # -1 to 1
+    low: float
+    high: float
+    p_value: float  # of the sign-flip test over problems; with one sample a problem it is McNemar's
+    n_problems: int
+
+    @property
+    def in_noise(self) -> bool:
+        """Whether chance alone may well have made it."""
+        return self.p_value >= 1 - CONFIDENCE or self.low <= 0 <= self.high
+
+    def __str__(self) -> str:
+        return f"{100 * self.value:+.1f} points [{100 * self.low:+.1f}, {100 * self.high:+.1f}], p = {self.p_value:.2g}"
 
 
 def avg_at_n(correct: Sequence[Sequence[bool]], seed: int = 0) -> Estimate:
@@ -107,6 +126,69 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> PairedTest:
     return PairedTest(first_only=first_only, second_only=second_only, p_value=p_value)
 
 
+def paired_difference(first: Sequence[float], second: Sequence[float], seed: int = 0) -> PairedDifference:
+    """Compares two models by one value a problem, such as the share of its samples that are right, in the same order.
+
+    Problems are resampled with both models' values together, so what makes a problem hard for both cancels. Where all
+    differences are equal the bootstrap would claim certainty: the interval is then as wide as the share of problems
+    that may differ and yet not show, by Wilson.
+    """
+    if not first or len(first) != len(second):
+        raise ValueError(f"{len(first)} and {len(second)} values; expected as many of both, and at least one")
+    differences = np.subtract(second, first)
+    value = float(differences.mean())
+    if np.ptp(differences) < 1e-12:
+        unseen = _wilson(0.0, len(differences))[1]
+        low, high = max(-1.0, value - unseen), min(1.0, value + unseen)
+    else:
+        low, high = _interval(differences, seed)
+    p_value = _sign_flip(differences[differences != 0], seed)
+    return PairedDifference(value=value, low=float(low), high=float(high), p_value=p_value, n_problems=len(first))
+
+
+def _sign_flip(differences: np.ndarray, seed: int) -> float:
+    """Two-sided p of differences whose signs are chance; exact up to 13 of them, or where all are of one size."""
+    if not differences.size:
+        return 1.0
+    if np.ptp(np.abs(differences)) < 1e-12:
+        return float(scipy.stats.binomtest(int((differences > 0).sum()), len(differences)).pvalue)
+    test = scipy.stats.permutation_test(
+        (differences,),
+        np.mean,
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=RESAMPLES - 1,
+        batch=max(1, _BLOCK // len(differences)),
+        rng=np.random.default_rng(seed),
+    )
+    return float(test.pvalue)
+
+
+def best_of_k(correct: Sequence[Sequence[bool]], scores: Sequence[Sequence[float]], k: int, seed: int = 0) -> Estimate:
+    """Chance that the sample that another judge scores highest among k is correct, exactly, over all subsets of k.
+
+    Equal scores share: one of the best is drawn.
+
+    Args:
+      scores: of a reward model, say; like `correct`, one inner sequence for each problem.
+    """
+    _check(correct, k)
+    values = [_best(right, given, k) for right, given in zip(correct, scores, strict=True)]
+    return estimate(values, sum(map(len, correct)), seed)
+
+
+def _best(right: Sequence[bool], scores: Sequence[float], k: int) -> float:
+    """Sums over the distinct scores the chance that it is the highest, times the share of right ones with it."""
+    points, below = 0.0, 0
+    for score in sorted(set(scores)):
+        group = [ok for ok, given in zip(right, scores, strict=True) if given == score]
+        upto = below + len(group)
+        chance = (math.comb(upto, k) - math.comb(below, k)) / math.comb(len(right), k)
+        points += chance * sum(group) / len(group)
+        below = upto
+    return points
+
+
 def estimate(values: Sequence[float], n_samples: int, seed: int = 0) -> Estimate:
     """The mean of one value a problem, with its interval.
 
@@ -121,14 +203,26 @@ def estimate(values: Sequence[float], n_samples: int, seed: int = 0) -> Estimate
     if np.isin(array, (0.0, 1.0)).all() or np.ptp(array) < 1e-12:
         low, high = _wilson(float(array.sum()), len(array))
     else:
-        low, high = np.quantile(_resampled_means(array, seed), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+        low, high = _interval(array, seed)
     return Estimate(value=mean, low=float(low), high=float(high), n_problems=len(array), n_samples=n_samples)
+
+
+def of_counts(correct: float, problems: int) -> Estimate:
+    """One answer a problem, of which so many are right: with Wilson's interval, on the safe side of a fraction."""
+    low, high = _wilson(correct, problems)
+    return Estimate(value=correct / problems, low=low, high=high, n_problems=problems, n_samples=problems)
 
 
 def _wilson(successes: float, n: int) -> tuple[float, float]:
     few, many = math.floor(successes + 1e-9), math.ceil(successes - 1e-9)
     low, high = (scipy.stats.binomtest(s, n).proportion_ci(CONFIDENCE, method="wilson") for s in (few, many))
     return low.low, high.high
+
+
+def _interval(values: np.ndarray, seed: int) -> tuple[float, float]:
+    """Of the mean, by a percentile bootstrap over problems."""
+    low, high = np.quantile(_resampled_means(values, seed), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)
 
 
 def _resampled_means(values: np.ndarray, seed: int) -> np.ndarray:

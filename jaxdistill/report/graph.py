@@ -5,7 +5,7 @@ import textwrap
 from matplotlib.patches import Rectangle
 
 from jaxdistill.lineage import Lineage, Stage
-from jaxdistill.report.plots import INK, MUTED, SURFACE, drawing, svg
+from jaxdistill.plots import INK, MUTED, SURFACE, drawing, svg
 
 _COLUMN, _ROW = 2.7, 1.3  # inches from box to box
 _WIDTH, _HEIGHT = 2.1, 1.0  # of a box

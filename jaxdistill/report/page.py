@@ -7,6 +7,7 @@ from pathlib import Path
 from markupsafe import Markup
 
 from jaxdistill import html, thinking
+from jaxdistill.evaluate import scaling
 from jaxdistill.evaluate.grade import Summary
 from jaxdistill.evaluate.statistics import CONFIDENCE, RESAMPLES
 from jaxdistill.lineage import Lineage
@@ -61,6 +62,7 @@ class Page:
 def write(path: Path, page: Page) -> None:
     """Writes the page; the file appears whole or not at all."""
     summaries = {stage.name: stage.summary for stage in page.stages}
+    points = [point for name, summary in summaries.items() for point in scaling.points(name, summary)]
     html.write(
         path,
         Path(__file__).with_name("page.html.jinja"),
@@ -71,7 +73,7 @@ def write(path: Path, page: Page) -> None:
         parts=_parts,
         fold_characters=_FOLD_CHARACTERS,
         loss_plot=Markup(plots.losses(page.losses, page.heldout, [*summaries])),
-        scaling_plot=Markup(plots.inference_time_scaling(summaries) if summaries else ""),
+        scaling_plot=Markup(scaling.plot(points) if points else ""),
         pipeline=Markup(graph.pipeline(page.lineage) if page.lineage else ""),
     )
 

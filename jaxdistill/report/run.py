@@ -12,7 +12,7 @@ from jaxdistill import lineage, manifest, metrics
 from jaxdistill.errors import UserError
 from jaxdistill.evaluate import tasks
 from jaxdistill.evaluate.grade import Summary
-from jaxdistill.evaluate.run import read_completions
+from jaxdistill.evaluate.results import read_completions
 from jaxdistill.lineage import Lineage, Stage
 from jaxdistill.records import from_dict, whole_file
 from jaxdistill.report import page, plots
@@ -112,7 +112,7 @@ def _summary(stage: Stage) -> Summary:
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected the summary of a finished evaluation")
     summary = from_dict(json.loads(path.read_text(encoding="utf-8")), Summary, f"{path}")
-    by_k = {name: {int(k): v for k, v in getattr(summary, name).items()} for name in ("pass_at", "maj_at")}
+    by_k = {name: {int(k): v for k, v in getattr(summary, name).items()} for name in ("pass_at", "maj_at", "best_of")}
     return dataclasses.replace(summary, **by_k)
 
 

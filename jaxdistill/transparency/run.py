@@ -10,7 +10,7 @@ from jaxdistill.transparency.index import Answer, Work, indicators
 
 # Commands as manifests name them, of which none is reinforcement learning, and none but a collected journey searches
 _OF_DATA = ("curate", "collect", "reformat", "import", "select", "translate", "mix", "examples")
-STAGES = frozenset({"demo", *_OF_DATA, "train", "evaluate", "sample", "export", "launch"})
+STAGES = frozenset({"demo", *_OF_DATA, "train", "evaluate", "compare", "sample", "export", "launch"})
 _ASKING = ("collect", "reformat", "translate")  # those that a teacher answers
 _PUBLIC = "a run folder cannot show that something is public: give its address"
 
@@ -227,7 +227,8 @@ def _alike(lineage: Lineage) -> Answer:
     for stage in lineage.of("evaluate"):
         read = [i for i in stage.inputs if i.path.name != "config.json"]
         task, config = stage.manifest["task"], stage.config
-        same = {name: config.get(name) for name in ("limit", "limit_seed", "samples", "sampling", "compute_dtype")}
+        names = ("limit", "limit_seed", "samples", "sampling", "compute_dtype", "thinking_limits", "waits")
+        same = {name: config.get(name) for name in names}
         data = stage.manifest["inputs"][read[0].recorded]
         key = json.dumps([data, {k: task[k] for k in ("name", "prompt", "grader", "metric")}, same], sort_keys=True)
         seen.setdefault(key, []).append(stage)

@@ -166,6 +166,24 @@ def test_other_errors_keep_their_traceback(error: Exception, tmp_path: Path, mon
     assert caught.value is error
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["--a", "1", "--b=2"], ["--a", "1", "--b=2"]),
+        (["r.py", "--m", "x", "--s", "-1", "--m", "y"], ["r.py", "--m", "x", "y", "--s", "-1"]),
+        (["--m=x", "--m=y", "--quick"], ["--m", "x", "y", "--quick"]),
+    ],
+)
+def test_an_option_that_is_given_again_gives_more_values(given: list[str], expected: list[str]) -> None:
+    assert cli.together(given) == expected
+
+
+def test_one_value_given_twice_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*small_run(tmp_path), "--workdir", str(tmp_path / "other")])
+    assert ended.value.code == 2
+
+
 @pytest.mark.parametrize("message", [r"a \[b] [/] [bold]x[/bold] \\[B, T] :smile:", "[", r"ends in \ "])
 def test_messages_are_printed_as_they_are(message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

@@ -10,12 +10,14 @@ import pytest
 import tiny
 from huggingface_hub import ModelCard
 
-from jaxdistill import export
+from jaxdistill import cli, export
 from jaxdistill.checkpoint import Checkpoints, fingerprint, keep_base, load_model
 from jaxdistill.data import chat
 from jaxdistill.errors import RunError, UserError
 from jaxdistill.evaluate import run as evaluate
 from jaxdistill.evaluate.grade import grade
+from jaxdistill.evaluate.plan import Plan, Wanted
+from jaxdistill.evaluate.results import read_completions
 from jaxdistill.sample import run as sample
 from jaxdistill.sample.request import SamplingConfig
 from jaxdistill.verify import Verifier
@@ -38,7 +40,7 @@ def finished(model: Path, tmp_path_factory: pytest.TempPathFactory) -> evaluate.
     (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = evaluate.EvaluateConfig(
         workdir=folder / "run",
-        model=model,
+        model=(model,),
         task="problems",
         path=folder / "problems.jsonl",
         samples=2,
@@ -70,11 +72,12 @@ def no_sampling(*_: object) -> None:
 
 def test_a_finished_evaluation_samples_nothing(config: evaluate.EvaluateConfig, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(evaluate, "_sample", no_sampling)
-    assert evaluate.main(config).accuracy.n_samples == 6
+    [summary] = evaluate.main(config).values()
+    assert summary.accuracy.n_samples == 6
     written = json.loads((config.workdir / "manifest.json").read_text())
-    assert written["model"] == fingerprint(config.model)
+    assert written["model"] == fingerprint(config.model[0])
     assert written["task"].keys() == {"name", "prompt", "grader", "metric", "licence", "why", "source"}
-    assert {score.grader for _, score in evaluate.read_completions(config.workdir)} == {"boxed_math"}
+    assert {score.grader for _, score in read_completions(config.workdir)} == {"boxed_math"}
 
 
 def test_evaluate_goes_on_after_a_torn_line(
@@ -87,7 +90,7 @@ def test_evaluate_goes_on_after_a_torn_line(
     asked: list[str] = []
     sampled = evaluate._sample
 
-    def spy(plan: evaluate._Plan, left: dict) -> object:
+    def spy(plan: Plan, left: Wanted) -> object:
         asked.extend(left)
         return sampled(plan, left)
 
@@ -112,7 +115,7 @@ def change_answer(config: evaluate.EvaluateConfig) -> evaluate.EvaluateConfig:
 
 def change_weights(config: evaluate.EvaluateConfig) -> evaluate.EvaluateConfig:
     """Other weights under the same path."""
-    path = config.model / "model.safetensors"
+    path = config.model[0] / "model.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     return config
@@ -139,7 +142,7 @@ def test_evaluate_refuses_completions_of_something_else(
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr(evaluate, "_sample", no_sampling)
-    weights = config.model / "model.safetensors"
+    weights = config.model[0] / "model.safetensors"
     whole, kept = weights.read_bytes(), (config.workdir / "config.json").read_bytes()
     try:
         with pytest.raises(UserError, match=rf"changes to: {named} \(for example problems/"):
@@ -147,6 +150,59 @@ def test_evaluate_refuses_completions_of_something_else(
     finally:
         weights.write_bytes(whole)
     assert (config.workdir / "config.json").read_bytes() == kept
+
+
+def test_two_models_are_compared_in_one_command(model: Path, config: evaluate.EvaluateConfig, tmp_path: Path):
+    other = tiny.write_folder(tmp_path / "other", HF, tiny.values(C, seed=1), C, with_tokenizer=True)
+    words = ["--workdir", str(tmp_path / "both"), "--model", str(model), "--task", "problems", "--samples", "2"]
+    words += ["--path", str(config.path), "--sampling.temperature", "1", "--sampling.max-new-tokens", "8"]
+    cli.main(["evaluate", *words, "--model", str(other), "--compute-dtype", "float32"])
+    summary = json.loads((tmp_path / "both" / "summary.json").read_text())
+    assert list(summary["models"]) == ["hf", "other"]
+    [comparison] = summary["comparisons"]
+    assert (comparison["first"], comparison["second"]) == ("hf", "other")
+    assert sum(comparison[name] for name in ("gained", "lost", "both", "neither")) == 6
+    rows = {name: read_completions(tmp_path / "both" / name) for name in summary["models"]}
+    seeds = [{c.id: c.seed for c, _ in own} for own in rows.values()]
+    assert seeds[0] == seeds[1]
+    alone = {c.id: c.text for c, _ in read_completions(config.workdir)}
+    assert {c.id: c.text for c, _ in rows["hf"]} == alone  # as when it was sampled alone
+    html = (tmp_path / "both" / "evaluation.html").read_text()
+    assert "other against hf" in html
+
+
+def test_shards_merge_to_the_table_of_the_whole(config: evaluate.EvaluateConfig, tmp_path: Path):
+    [whole] = evaluate.main(config).values()
+    shards = [
+        dataclasses.replace(config, workdir=tmp_path / f"shard{i}", shard=f"{i}/2", slots=8, seed=config.seed)
+        for i in range(2)
+    ]
+    parts = [summary for shard in shards for summary in evaluate.main(shard).values()]
+    assert [part.coverage for part in parts] == pytest.approx([2 / 3, 1 / 3])
+    with pytest.raises(UserError, match="changes to: settings"):
+        evaluate.main(dataclasses.replace(config, workdir=tmp_path / "other", seed=1, merge=(shards[0].workdir,)))
+    merged = dataclasses.replace(config, workdir=tmp_path / "merged", merge=tuple(s.workdir for s in shards))
+    [summary] = evaluate.main(merged).values()
+    assert summary == whole
+    for name in ("summary.json", "scores.jsonl"):
+        assert (merged.workdir / name).read_bytes() == (config.workdir / name).read_bytes()
+    with pytest.raises(UserError, match="shard is 3/2; expected 0/2 to 1/2"):
+        dataclasses.replace(config, shard="3/2")
+    with pytest.raises(UserError, match="expected a part such as 0/4"):
+        dataclasses.replace(config, shard="one")
+    with pytest.raises(UserError, match="one or the other"):
+        dataclasses.replace(config, shard="0/2", merge=(tmp_path,))
+
+
+def test_an_external_judge_ranks_samples(config: evaluate.EvaluateConfig, tmp_path: Path):
+    rows = [{"id": c.id, "score": c.sample_index} for c, _ in read_completions(config.workdir)]
+    path = tmp_path / "rankings.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    [summary] = evaluate.main(dataclasses.replace(config, rankings=path)).values()
+    assert summary.best_of.keys() == {1, 2}
+    path.write_text(json.dumps(rows[0]) + "\n")
+    with pytest.raises(UserError, match="no score for 5 of 6 completions"):
+        evaluate.main(dataclasses.replace(config, rankings=path))
 
 
 def test_an_unknown_grader_is_refused():

@@ -38,6 +38,7 @@ def summary(accuracy: float, tokens: float, truncated: float = 0.0) -> Summary:
         empty_rate=0.0,
         no_answer_rate=0.0,
         unverifiable_rate=0.0,
+        repetition_rate=0.0,
     )
 
 

@@ -10,7 +10,15 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxdistill.evaluate.statistics import avg_at_n, estimate, maj_at_k, mcnemar, pass_at_k
+from jaxdistill.evaluate.statistics import (
+    avg_at_n,
+    best_of_k,
+    estimate,
+    maj_at_k,
+    mcnemar,
+    paired_difference,
+    pass_at_k,
+)
 
 
 def test_one_sample_a_problem_gives_wilson() -> None:
@@ -96,6 +104,67 @@ def test_mcnemar_gives_the_published_p_values() -> None:
         assert (result.first_only, result.second_only) == (first_only, second_only)
         assert result.p_value == pytest.approx(p_value, abs=0.005)
     assert mcnemar([True], [True]).p_value == 1
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 3)), min_size=1, max_size=7), st.data())
+def test_best_of_k_is_the_mean_over_all_subsets(samples: list[tuple[bool, int]], data: st.DataObject) -> None:
+    k = data.draw(st.integers(1, len(samples)))
+
+    def best(subset: tuple[tuple[bool, int], ...]) -> float:
+        group = [ok for ok, score in subset if score == max(score for _, score in subset)]
+        return sum(group) / len(group)
+
+    subsets = list(itertools.combinations(samples, k))
+    expected = sum(map(best, subsets)) / len(subsets)
+    right, scores = zip(*samples, strict=True)
+    assert best_of_k([right], [list(map(float, scores))], k).value == pytest.approx(expected)
+
+
+def test_a_paired_difference_of_single_samples_has_mcnemars_p() -> None:
+    first, second = [1.0] * 18 + [0.0] * 7 + [1.0] * 40, [0.0] * 18 + [1.0] * 7 + [1.0] * 40
+    found = paired_difference(first, second)
+    solved = mcnemar([x > 0.5 for x in first], [x > 0.5 for x in second])
+    assert found.p_value == solved.p_value
+    assert found.value == pytest.approx(-11 / 65)
+    assert found.low < found.value < found.high < 0
+    assert not found.in_noise
+    assert str(found).startswith("-16.9 points [")
+
+
+def test_pairing_sees_what_two_intervals_hide() -> None:
+    """Every problem a little better: far inside each model's own interval, and still no chance."""
+    random = np.random.default_rng(0)
+    hardness = random.random(40) * 0.8
+    better = hardness + 0.05 + 0.1 * random.random(40)
+    found = paired_difference(list(hardness), list(better))
+    assert found.low > 0.05
+    assert found.p_value < 0.001
+    alone = [estimate(list(values), 40) for values in (hardness, better)]
+    assert alone[0].high > alone[1].low
+
+
+def test_the_paired_interval_covers_the_truth_about_95_times_in_100() -> None:
+    random, hits, false_alarms = np.random.default_rng(0), 0, 0
+    for _ in range(100):
+        chance = random.beta(1, 2, size=50)
+        first, second = [(random.random((50, 4)) < chance[:, None]).mean(axis=1).tolist() for _ in range(2)]
+        found = paired_difference(first, second)
+        hits += found.low <= 0 <= found.high
+        false_alarms += not found.in_noise
+    assert 88 <= hits <= 100
+    assert false_alarms <= 10
+
+
+def test_equal_results_are_no_certainty() -> None:
+    same = paired_difference([1.0, 0.0] * 5, [1.0, 0.0] * 5)
+    assert (same.value, same.p_value, same.in_noise) == (0, 1, True)
+    assert same.low < -0.2
+    assert same.high > 0.2
+    two = paired_difference([0.0, 0.0], [1.0, 1.0])  # both better, which two coins do one time in two
+    assert two.p_value == 0.5
+    assert two.in_noise
+    with pytest.raises(ValueError, match="expected as many of both"):
+        paired_difference([1.0], [])
 
 
 def test_bad_k_and_no_problems_are_refused() -> None:

@@ -1,0 +1,78 @@
+"""Two models on the same problems with the same seeds: who is better, by how much, and whether chance explains it."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from jaxdistill.evaluate.grade import by_item
+from jaxdistill.evaluate.results import Result
+from jaxdistill.evaluate.statistics import PairedDifference, PairedTest, mcnemar, paired_difference
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """The second model less the first; samples are paired by problem and index, that is by seed."""
+
+    first: str
+    second: str
+    difference: PairedDifference  # of avg@n
+    solved: PairedTest  # problems of which more than half of the samples are right
+    gained: int  # samples that only the second has right
+    lost: int  # that only the first has right
+    both: int
+    neither: int
+    verdict: str  # all of it in a sentence
+
+
+def compare(first: Result, second: Result, seed: int = 0) -> Comparison:
+    """Compares two results on the problems that both have.
+
+    Raises:
+      ValueError: they share no problem, or not its number of samples.
+    """
+    one, two = (by_item(r.completions, r.scores) for r in (first, second))
+    right = [
+        [[score.verdict.label == "correct" for _, score in own[item]] for item in one if item in two]
+        for own in (one, two)
+    ]
+    shares = [[sum(samples) / len(samples) for samples in own] for own in right]
+    difference = paired_difference(*shares, seed=seed)
+    solved = mcnemar(*([share > 0.5 for share in own] for own in shares))
+    pairs = [pair for a, b in zip(*right, strict=True) for pair in zip(a, b, strict=True)]
+    return Comparison(
+        first=first.name,
+        second=second.name,
+        difference=difference,
+        solved=solved,
+        gained=pairs.count((False, True)),
+        lost=pairs.count((True, False)),
+        both=pairs.count((True, True)),
+        neither=pairs.count((False, False)),
+        verdict=_sentence(first.name, second.name, difference, solved),
+    )
+
+
+def _sentence(first: str, second: str, difference: PairedDifference, solved: PairedTest) -> str:
+    change = f"{second} against {first}: {difference}; {solved.second_only} problems newly solved, "
+    change += f"{solved.first_only} no longer (McNemar p = {solved.p_value:.2g}): "
+    if not difference.in_noise:
+        return change + f"{second} is {'better' if difference.value > 0 else 'worse'} by more than chance explains."
+    width = 50 * (difference.high - difference.low)
+    return change + (
+        f"inside the noise. With these {difference.n_problems} problems a difference under about {width:.1f} points "
+        "cannot be told from chance; take more problems or more samples."
+    )
+
+
+def compare_all(results: Sequence[Result], seed: int = 0) -> list[Comparison]:
+    """Every model against the first under the same budget, and its budgets against none.
+
+    Results without a problem in common are left out.
+    """
+    found = []
+    for other in results[1:]:
+        alike = next(result for result in results if result.plan.budget == other.plan.budget)
+        own = next(result for result in results if result.plan.source == other.plan.source)
+        base = own if alike is other else alike
+        if {c.item_id for c in base.completions} & {c.item_id for c in other.completions}:
+            found.append(compare(base, other, seed))
+    return found
