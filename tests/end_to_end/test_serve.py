@@ -38,11 +38,11 @@ HEADERS = {"content-type": "application/json", "authorization": f"Bearer {KEY}"}
 
 
 @contextlib.contextmanager
-def serving(model: Path, errors: Path, *words: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+def serving(model: Path, errors: Path, *words: str, queue: int = QUEUE) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """A server's base URL and its process, which is killed at the end if it still runs."""
     command = [sys.executable, "-m", "jaxdistill", "serve", "--model", str(model), "--port", "0", "--name", "tiny"]
     options = ["--positions", POSITIONS, "--engine.slots", SLOTS, "--engine.compute-dtype", "float32"]
-    options += ["--engine.steps-per-call", 4, "--engine.page-tokens", 32, "--limits.queue", QUEUE]
+    options += ["--engine.steps-per-call", 4, "--engine.page-tokens", 32, "--limits.queue", queue]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "SERVE_KEY": KEY}
     with errors.open("w") as file:
         process = subprocess.Popen(

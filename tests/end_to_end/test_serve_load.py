@@ -60,7 +60,7 @@ async def load(url: str, clients: int, seconds: float, seed: int) -> collections
 @pytest.mark.soak
 def test_nothing_is_lost_under_load(model: Path, tmp_path: Path, full_size: bool):
     clients, seconds = (1000, 300.0) if full_size else (150, 20.0)
-    with serving(model, tmp_path / "errors", "--limits.queue", str(clients // 4)) as (url, process):
+    with serving(model, tmp_path / "errors", queue=clients // 4) as (url, process):
         first = asyncio.run(load(url, clients, seconds / 5, seed=0))
         before = memory_bytes(process.pid)
         found = first + asyncio.run(load(url, clients, seconds, seed=1))
