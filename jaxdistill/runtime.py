@@ -2,11 +2,14 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import jax
+import numpy as np
+import psutil
 from jax._src import cloud_tpu_init  # no public name says what this one knows before the backend starts
 from jax.experimental import multihost_utils
 
@@ -30,7 +33,16 @@ def start(join: bool = False) -> None:
         jax.config.update("jax_compilation_cache_dir", str(base / "jaxdistill" / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     if join:
+        _launch[:] = [psutil.Process().create_time()]
         _join()
+
+
+_launch: list[float] = []  # of the process, where it is here for one run alone
+
+
+def launched() -> float:
+    """When this run was launched, seconds since the epoch: now, where its process does other things as well."""
+    return _launch.pop() if _launch else time.time()
 
 
 def _join() -> None:
@@ -53,6 +65,13 @@ def meet(where: str) -> None:
     """Waits until every process of the job is here."""
     if jax.distributed.is_initialized():
         multihost_utils.sync_global_devices(where)
+
+
+def anywhere(here: bool) -> bool:
+    """Whether it is so in any process of the job; each of them asks."""
+    if not jax.distributed.is_initialized():
+        return here
+    return bool(np.any(multihost_utils.process_allgather(np.array(here))))
 
 
 class Preemption:

@@ -11,37 +11,20 @@ from typing import Any
 import grain
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 
-from jaxdistill import manifest, metrics, optim, runtime, sharding, weights
-from jaxdistill.checkpoint import Checkpoints, fingerprint, keep_base, load_model, newest_input
+from jaxdistill import goodput, manifest, metrics, optim, replay, runtime, sharding, watch, weights
+from jaxdistill.checkpoint import fingerprint, keep_base, load_model
+from jaxdistill.checkpoint_store import Checkpoints, newest_input
 from jaxdistill.data import chat, loader
-from jaxdistill.data.packing import Batch
-from jaxdistill.errors import PreemptedError, UserError
+from jaxdistill.errors import UserError
+from jaxdistill.goodput import Goodput
+from jaxdistill.heldout import Heldout
 from jaxdistill.models import decoder, quantized
 from jaxdistill.models.attention import backends
-from jaxdistill.progress import Progress
-from jaxdistill.train_config import Phase, TrainConfig, check_decontaminated, check_fits, read_architecture
-from jaxdistill.train_step import (
-    State,
-    abstract_state,
-    check_memory,
-    make_heldout_loss,
-    make_step,
-    new_state,
-    place,
-)
-
-_COLUMNS = (
-    TextColumn("{task.description}"),
-    BarColumn(),
-    TextColumn("{task.completed}/{task.total}  {task.fields[note]}"),
-    TimeRemainingColumn(),
-)
-_ESTIMATE_S = 3600.0  # seconds of steps that the time left is estimated from; rich's 30 hold not one long step
+from jaxdistill.train_config import TrainConfig, check_decontaminated, check_fits, read_architecture
+from jaxdistill.train_loop import Loop, Stage
+from jaxdistill.train_step import State, abstract_state, check_memory, new_state
 
 
 def main(config: TrainConfig) -> dict[str, Any]:
@@ -49,32 +32,19 @@ def main(config: TrainConfig) -> dict[str, Any]:
 
     Raises:
       PreemptedError: after SIGTERM, once the next step is saved.
+      BadStepError: a step's loss or gradient is not sound.
     """
+    clock = Goodput(config.workdir, runtime.launched(), runtime.leads() and not config.replay)
     with jax.set_mesh(config.mesh.build()), runtime.Preemption() as preemption:
-        return Run(config, preemption).all_phases()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Stage:
-    """A phase with its data, ready to be trained."""
-
-    phase: Phase
-    folder: Path
-    rows: loader.PackedSet
-    steps: int
-    optimizer: optax.GradientTransformation
-    origin: Mapping[str, Any]  # what its checkpoints stand on: starting weights, rows in their order, schedule
-
-    @property
-    def name(self) -> str:
-        return self.phase.name
+        run = Run(config, preemption, clock)
+        return run.replayed(config.replay) if config.replay else run.all_phases()
 
 
 class Run:
     """A training run on the current mesh, in one process or in several: all compute, the first one writes and talks."""
 
-    def __init__(self, config: TrainConfig, preemption: runtime.Preemption, console: Console | None = None):
-        self.config = config
+    def __init__(self, config: TrainConfig, preemption: runtime.Preemption, clock: Goodput):
+        self.config, self.goodput = config, clock
         self.workdir = config.workdir
         self.base, self.c = read_architecture(config)
         mesh = jax.sharding.get_mesh()
@@ -86,25 +56,25 @@ class Run:
         check_memory(config.step, {memory.kind for memory in jax.local_devices()[0].addressable_memories()})
         self.tokenizer = chat.load_tokenizer(self.base)
         self.preemption, self.leads = preemption, runtime.leads()
-        self.console = console or Console(stderr=True, quiet=not self.leads)
+        self.console = Console(stderr=True, quiet=not self.leads)
         if device.platform == "tpu" and (warning := sharding.narrow_parts(self.c.sizes(), sizes)):
             self.console.print(f"[yellow]{warning}[/yellow]")
         self.peak, self.peak_source = metrics.peak_flops(jnp.dtype(config.step.compute_dtype))
         lost = [str(phase.examples) for phase in config.phases if not phase.examples.is_file()]
         if lost:
             raise UserError(f"no such file: {', '.join(lost)}; expected JSON Lines files of examples")
-        self.heldout = self._prepare(config.heldout) if config.heldout else None
+        heldout = self._prepare(config.heldout) if config.heldout else None
         self.stages = self._stages()
-        packed = [stage.rows for stage in self.stages] + ([self.heldout] if self.heldout else [])
+        packed = [stage.rows for stage in self.stages] + ([heldout] if heldout else [])
         segments = 1 + max(len(row) for rows in packed for row in rows.rows)
         self.attention = dataclasses.replace(attention, segments=segments)
-        self.heldout_loss = make_heldout_loss(config.step, self.attention, self.c)
+        self.heldout = Heldout(config, heldout, self.attention, self.c, self.console) if heldout else None
 
     def _prepare(self, path: Path) -> loader.PackedSet:
         shows = self.leads and self.console.is_terminal
         return loader.prepare(path, self.tokenizer, self.config.row_tokens, self.c.vocab, shows)
 
-    def _stages(self) -> list[_Stage]:
+    def _stages(self) -> list[Stage]:
         """All phases, read and checked before anything is written: a mistake in the last one shows at once."""
         config, stages, parent = self.config, [], fingerprint(self.config.model)
         check_decontaminated(config)
@@ -125,7 +95,7 @@ class Run:
             origin = json.loads(json.dumps(origin))  # as a checkpoint gives it back
             parent = hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()
             optimizer = optim.make(phase.optim, steps, self.template)
-            stages.append(_Stage(phase, self.workdir / phase.name, rows, steps, optimizer, origin))
+            stages.append(Stage(phase, self.workdir / phase.name, rows, steps, optimizer, origin))
             _check_earlier(stages[-1])
         return stages
 
@@ -135,11 +105,16 @@ class Run:
         runtime.meet("all inputs are checked")  # and nothing is written before
         if self.leads:
             manifest.write_config(self.workdir, config)
-        for stage in self.stages:
-            done[stage.name] = self.one_phase(stage, model)
-            model = stage.folder
+        with watch.Watch(self.workdir, config.silence_s) as watched:
+            try:
+                for stage in self.stages:
+                    done[stage.name] = self.one_phase(stage, model, watched)
+                    model = stage.folder
+            finally:
+                self.goodput.close()
         if self.leads:
             self._write_manifest(done)
+        self.console.print(f"time: {goodput.in_words(self.goodput.facts())}", soft_wrap=True)
         runtime.meet("all is written")
         return done
 
@@ -153,26 +128,46 @@ class Run:
         facts = {**origin, "devices": devices, "mfu_formula": metrics.MFU_FORMULA, "peak": self.peak_source, **how}
         manifest.write_manifest(self.workdir, "train", inputs, {}, phases=phases, **facts)
 
-    def one_phase(self, stage: _Stage, model: Path) -> dict[str, Any]:
+    def one_phase(self, stage: Stage, model: Path, watched: watch.Watch) -> dict[str, Any]:
         """Trains one phase from `model` to its last step, or from its newest checkpoint."""
-        config, rows, folder = self.config, stage.rows, stage.folder
+        rows, folder = stage.rows, stage.folder
         if self.leads:
             loader.write_receipts(folder / "dropped.jsonl", rows.dropped)
             if self.heldout is not None:
-                loader.write_receipts(folder / "heldout_dropped.jsonl", self.heldout.dropped)
-            keep_base(self.base, folder, config.context)
-        checkpoints = Checkpoints(folder, config.keep)
-        epochs = math.ceil(stage.steps * config.batch_rows / len(rows))
-        batches = loader.batches(rows, config.batch_rows, epochs, config.seed, config.deal_window)
+                loader.write_receipts(folder / "heldout_dropped.jsonl", self.heldout.rows.dropped)
+            keep_base(self.base, folder, self.config.context)
+        checkpoints = Checkpoints(folder, self.config.retention)
         log = metrics.MetricsLog(folder, self.leads)
         try:
-            state = self._start(stage, checkpoints, batches, model, log)
-            self._describe(stage, int(state.step))
-            state = self._loop(state, stage, batches, checkpoints, log)
-            heldout = self._log_heldout(stage.steps, getattr(state, state.result_name), log)
+            with self.goodput.on("start-up"):
+                state, batches = self.start(stage, checkpoints, model)
+                self.goodput.begin(stage.name, int(state.step))
+                self._describe(stage, int(state.step))
+            if self.heldout is not None and not int(state.step):
+                with self.goodput.on("evaluation"):
+                    self.heldout.measure(0, state.params, log)
+            state, heldout = Loop(
+                config=self.config,
+                c=self.c,
+                stage=stage,
+                attention=self.attention,
+                peak_flops=self.peak,
+                checkpoints=checkpoints,
+                log=log,
+                heldout=self.heldout,
+                goodput=self.goodput,
+                watched=watched,
+                preemption=self.preemption,
+                console=self.console,
+            ).to_the_end(state, batches)
+            if self.heldout is not None and heldout is None:
+                with self.goodput.on("evaluation"):
+                    heldout = self.heldout.measure(stage.steps, getattr(state, state.result_name), log)
         finally:
-            checkpoints.close()
+            with self.goodput.on("checkpoint"):
+                checkpoints.close()
             log.close()
+        self._describe_checkpoints(stage, checkpoints)
         return {
             "steps": stage.steps,
             "examples": len(rows.documents),
@@ -183,29 +178,54 @@ class Run:
             "heldout_loss": heldout,
         }
 
-    def _start(
-        self,
-        stage: _Stage,
-        checkpoints: Checkpoints,
-        batches: grain.DatasetIterator,
-        model: Path,
-        log: metrics.MetricsLog,
-    ) -> State:
-        """The newest checkpoint's state, with the input moved to its place; or a new state from `model`."""
-        newest, dtype = checkpoints.latest_step, jnp.dtype(stage.phase.optim.state_dtype)
-        average, offload = stage.phase.optim.average_decay > 0, self.config.step.offload_moments
-        if newest is None:
-            params, _ = load_model(model, dtype=dtype)
-            state = new_state(params, stage.optimizer, self.config.seed, average, offload)
-            self._log_heldout(0, state.params, log)
-            return state
+    def start(
+        self, stage: Stage, checkpoints: Checkpoints, model: Path, before: float = math.inf
+    ) -> tuple[State, grain.DatasetIterator]:
+        """The state of the newest good checkpoint and the input at its place, or a new state from `model`.
+
+        Args:
+          before: the checkpoint is of a step below this one.
+        """
+        config, dtype = self.config, jnp.dtype(stage.phase.optim.state_dtype)
+        epochs = math.ceil(stage.steps * config.batch_rows / len(stage.rows))
+        batches = loader.batches(stage.rows, config.batch_rows, epochs, config.seed, config.deal_window)
+        average, offload = stage.phase.optim.average_decay > 0, config.step.offload_moments
         like = abstract_state(self.template, stage.optimizer, dtype, average, offload)
-        state, stored = checkpoints.restore(newest, like)
+        found = checkpoints.restore_newest(like, self._warn, before)
+        if found is None:
+            params, _ = load_model(model, dtype=dtype)
+            return new_state(params, stage.optimizer, config.seed, average, offload), batches
+        newest, state, stored = found
         batches.set_state(stored["position"])
         self.console.print(f"resumed from step {newest}")
-        return state
+        return state, batches
 
-    def _describe(self, stage: _Stage, start: int) -> None:
+    def replayed(self, wanted: str) -> dict[str, Any]:
+        """Does the step "PHASE:STEP" again; the run's own files stay as they are."""
+        stage, model, step = replay.find(self.stages, self.config.model, wanted)
+        checkpoints = Checkpoints(stage.folder, self.config.retention)
+        try:
+            state, batches = self.start(stage, checkpoints, model, before=step)
+        finally:
+            checkpoints.close()
+        facts = replay.again(self.config, self.c, stage, self.attention, state, batches, step)
+        if self.leads:
+            path = self.workdir / "replays" / f"{stage.name}-{step}.json"
+            manifest.write_json(path, facts)
+            self.console.print(f"{replay.in_words(facts)}\nall of it: {path}", highlight=False, soft_wrap=True)
+        return facts
+
+    def _warn(self, words: str) -> None:
+        self.console.print(words, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+    def _describe_checkpoints(self, stage: Stage, checkpoints: Checkpoints) -> None:
+        share = checkpoints.blocked_s / self.goodput.wall_s
+        words = f"checkpoints of {stage.name}: held up {checkpoints.blocked_s:.1f} s ({share:.1%} of the time so far)"
+        if best := checkpoints.best_step:
+            words += f"; the lowest held-out loss was at step {best}"
+        self.console.print(words)
+
+    def _describe(self, stage: Stage, start: int) -> None:
         rows = stage.rows
         self.console.print(
             f"[bold]{stage.name}[/bold]: {weights.count(self.template):,} parameters; {len(rows.documents)} examples "
@@ -217,77 +237,8 @@ class Run:
         if self.config.step.matmul_dtype != "compute":
             self.console.print(f"projections in {self.projections}; MFU counts against the peak above all the same")
 
-    def _loop(
-        self,
-        state: State,
-        stage: _Stage,
-        batches: grain.DatasetIterator,
-        checkpoints: Checkpoints,
-        log: metrics.MetricsLog,
-    ) -> State:
-        """Steps to the end; the metrics of a step are read while the next one runs."""
-        config, steps, start = self.config, stage.steps, int(state.step)
-        train_step = make_step(config.step, self.attention, self.c, stage.optimizer, stage.phase.optim.average_decay)
-        with Progress(*_COLUMNS, console=self.console, speed_estimate_period=_ESTIMATE_S) as bar:
-            task = bar.add_task(stage.name, total=steps, completed=start, note="compiling")
-            steps_log = metrics.StepLog(
-                stage.name,
-                log,
-                lambda number, note: bar.update(task, completed=number, note=note),
-                optim.schedule(stage.phase.optim, steps),
-                flops_per_token=self.c.flops_per_token(stage.rows.attended_tokens),
-                peak_flops=jax.device_count() * self.peak,
-                every=config.log_every,
-                last=steps,
-            )
-            for number in range(start + 1, steps + 1):
-                batch, ids = next(batches)
-                placed = place(batch, config.step.accumulate)
-                if number == start + 1:
-                    sharding.check_replicas(state.params, "weights")
-                    sharding.check_replicas(placed, "batch")
-                state, values = train_step(state, placed)
-                steps_log.add(number, values, self._facts(batch), ids)
-                preempted = self.preemption.reached()
-                if number % config.save_every == 0 or number == steps or preempted:
-                    steps_log.settle()  # a state is saved only after its loss was seen to be finite
-                    place_in_input = {"position": batches.get_state(), "origin": stage.origin}
-                    checkpoints.save(number, state, {**place_in_input, "result": state.result_name})
-                if preempted:
-                    raise PreemptedError(f"preempted: step {number} of {stage.name} is saved; run it again to go on")
-        return state
 
-    def _facts(self, batch: Batch) -> dict[str, float]:
-        """Tokens of a batch, its share of padding, and how unevenly its FLOPs fall on the data-parallel ranks."""
-        tokens, mesh = np.count_nonzero(batch.segments), jax.sharding.get_mesh().shape
-        flops_per_position = self.c.flops_per_token(batch.lengths.mean(-1, dtype=np.float64))  # of each row
-        by_rank = flops_per_position.reshape(self.config.step.accumulate, mesh["data"] * mesh["fsdp"], -1).sum(-1)
-        return {
-            "tokens": float(tokens),
-            "padding_fraction": 1 - tokens / batch.segments.size,
-            "flop_imbalance": metrics.flop_imbalance(by_rank),
-        }
-
-    def _log_heldout(self, step: int, params: decoder.Params, log: metrics.MetricsLog) -> float | None:
-        """Token-mean loss on the held-out examples."""
-        if self.heldout is None:
-            return None
-        rows = self.config.batch_rows // self.config.step.accumulate
-        total, weight = 0.0, 0.0
-        with Progress(*_COLUMNS, console=self.console, transient=True) as bar:
-            task = bar.add_task("held-out", total=math.ceil(len(self.heldout) / rows), note="")
-            for batch, _ in loader.batches(self.heldout, rows, epochs=1, seed=0):
-                loss, tokens = self.heldout_loss(params, place(batch))
-                total, weight = total + float(loss), weight + float(tokens)
-                bar.update(task, advance=1)
-        if not weight:
-            raise UserError(f"{self.config.heldout}: every example that fits a row has weight 0; expected some above")
-        log.write(step, heldout_loss=total / weight)
-        self.console.print(f"held-out loss at step {step}: {total / weight:.4f} nats/token")
-        return total / weight
-
-
-def _check_earlier(stage: _Stage) -> None:
+def _check_earlier(stage: Stage) -> None:
     """Refuses to go on from a checkpoint of other data, another model or another schedule."""
     found = newest_input(stage.folder)
     if found is None:

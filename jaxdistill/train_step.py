@@ -10,7 +10,8 @@ import optax
 from flax import struct
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from jaxdistill import compiler, optim_state, sharding, weights
+from jaxdistill import bad_steps, compiler, optim_state, sharding, weights
+from jaxdistill.bad_steps import BAD_STEPS, BadStepsConfig
 from jaxdistill.data.packing import Batch
 from jaxdistill.errors import UserError
 from jaxdistill.loss import cross_entropy_sum
@@ -54,6 +55,7 @@ class State:
     params: decoder.Params
     opt_state: optax.OptState
     key: Any  # random key [], split by folding in the step
+    usual_norm: Any  # float32 []: of gradients, by bad_steps.usual_norm
     average: Any = None  # Params: of the weights over the steps, where it is asked for
 
     @property
@@ -74,9 +76,10 @@ def new_state(
     The average is float32 whatever the weights are: what a step adds to it is smaller still than what it adds to them.
     """
     step, key = sharding.replicate(jnp.zeros((), jnp.int32)), sharding.replicate(jax.random.key(seed))
+    norm = sharding.replicate(jnp.zeros((), jnp.float32))
     opt_state = optim_state.init(optimizer, params, on_host=offload_moments)
     copy = jax.tree.map(lambda w: jnp.array(w, jnp.float32), params) if average else None
-    return State(step=step, params=params, opt_state=opt_state, key=key, average=copy)
+    return State(step=step, params=params, opt_state=opt_state, key=key, usual_norm=norm, average=copy)
 
 
 def abstract_state(
@@ -143,6 +146,7 @@ def make_step(
     c: Config,
     optimizer: optax.GradientTransformation,
     average_decay: float = 0.0,
+    bad: BadStepsConfig = BAD_STEPS,
 ) -> Callable[[State, Batch], tuple[State, dict[str, Array]]]:
     """The jitted training step for the current mesh. Batches are [accumulate, B, T]; the old state's memory is reused.
 
@@ -151,6 +155,7 @@ def make_step(
     Args:
       attention: as config asks for it, with the platform's backend where it leaves that open.
       average_decay: of the state's average, where it has one.
+      bad: which steps are not taken, if its policy skips.
     """
     dtype = jnp.dtype(config.compute_dtype)
 
@@ -175,14 +180,25 @@ def make_step(
             zero = (jnp.zeros(()), jax.tree.map(lambda w: jnp.zeros_like(w, jnp.float32), state.params))
             (loss, grads), _ = jax.lax.scan(piece, zero, (batch, jnp.arange(config.accumulate)))
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        norm = optax.tree.norm(grads)
+        good = bad_steps.is_good(bad, loss, norm, state.usual_norm, state.step)
+        accept = good if bad.policy == "skip" else None
         rounding_key = jax.random.fold_in(key, _ROUNDING)
-        params, opt_state = optim_state.apply(optimizer, grads, state.opt_state, state.params, rounding_key)
+        params, opt_state = optim_state.apply(optimizer, grads, state.opt_state, state.params, rounding_key, accept)
         average = state.average
         if average is not None:  # over all steps so far, until those are as many as the decay remembers
             share = jnp.maximum(1 - average_decay, 1 / (state.step + 1))
             average = optax.incremental_update(params, average, share)
-        new = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state, average=average)
-        return new, {"loss": loss, "grad_norm": optax.tree.norm(grads), "loss_tokens": total}
+        new = dataclasses.replace(
+            state,
+            step=state.step + 1,
+            params=params,
+            opt_state=opt_state,
+            usual_norm=bad_steps.usual_norm(state.usual_norm, norm, good, state.step),
+            average=average,
+        )
+        said = {"loss": loss, "grad_norm": norm, "loss_tokens": total, "good": good, "usual_norm": state.usual_norm}
+        return new, said
 
     options = compiler.options(jax.sharding.get_mesh().devices.flat[0])
     return jax.jit(step, donate_argnums=0, compiler_options=options)

@@ -11,7 +11,8 @@ import tiny
 from huggingface_hub import ModelCard
 
 from jaxdistill import export
-from jaxdistill.checkpoint import Checkpoints, fingerprint, keep_base, load_model
+from jaxdistill.checkpoint import fingerprint, keep_base, load_model
+from jaxdistill.checkpoint_store import Checkpoints
 from jaxdistill.data import chat
 from jaxdistill.errors import RunError, UserError
 from jaxdistill.evaluate import run as evaluate

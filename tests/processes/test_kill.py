@@ -26,7 +26,7 @@ import jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 2)
 from jaxdistill import metrics, optim, sharding, train
-from jaxdistill.checkpoint import Checkpoints
+from jaxdistill.checkpoint_store import Checkpoints
 from jaxdistill.train_step import StepConfig
 workdir, model, examples = map(Path, sys.argv[2:5])
 phase_to_die_in, at, during, steps = sys.argv[5], int(sys.argv[6]), sys.argv[7], eval(sys.argv[8])

@@ -23,13 +23,13 @@ TEXT = (
 )
 ARRAYS = (
     ("errors", "records", "manifest", "progress", "html", "thinking"),
-    ("chips", "sharding", "metrics", "rounding", "runtime", "weights"),
-    ("compiler", "models", "loss", "optim", "optim_state", "data", "train_step"),
-    ("hf", "checkpoint", "export"),
+    ("chips", "sharding", "metrics", "rounding", "runtime", "weights", "integrity", "goodput", "watch"),
+    ("compiler", "models", "loss", "optim", "optim_state", "data", "bad_steps", "train_step"),
+    ("hf", "checkpoint_store", "checkpoint", "export"),
     ("sample",),
     ("serve",),
     ("evaluate",),
-    ("train_config", "train"),
+    ("train_config", "step_log", "heldout", "train_loop", "replay", "train"),
     ("plan", "doctor"),
     ("report", "launch"),
     ("demo",),

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ import orbax.checkpoint as ocp
 import pytest
 import tiny
 
-from jaxdistill import hf, manifest, metrics, optim, runtime, train, train_config, weights
+from jaxdistill import hf, manifest, metrics, optim, runtime, train, train_config, train_loop, weights
+from jaxdistill.bad_steps import BadStepError
 from jaxdistill.checkpoint import load_model
 from jaxdistill.data import chat
 from jaxdistill.errors import UserError
-from jaxdistill.metrics import NonFiniteLossError
+from jaxdistill.goodput import Goodput
 from jaxdistill.models import decoder
 from jaxdistill.models.context import ContextExtension
 from jaxdistill.sharding import MeshConfig
@@ -173,7 +175,7 @@ def test_documents_longer_than_a_row_leave_a_receipt(tmp_path: Path, model: Path
 def test_attention_plans_for_the_documents_of_the_fullest_row(tmp_path: Path, model: Path, examples: Path):
     config = small(tmp_path / "run", model, examples)
     with jax.set_mesh(config.mesh.build()):
-        run = train.Run(config, runtime.Preemption())
+        run = train.Run(config, runtime.Preemption(), Goodput(config.workdir, time.time(), writes=False))
     fullest = max(row.segments.max() for row, _ in (run.stages[0].rows[i] for i in range(len(run.stages[0].rows))))
     assert run.attention.segments == fullest + 1, "one more for the padding"
 
@@ -190,7 +192,7 @@ def test_loss_that_is_not_finite_stops_the_run(
     what: str, tmp_path: Path, model: Path, examples: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Step 4 goes wrong, where a checkpoint is due; the ones before it must stay the newest."""
-    make_step = train.make_step
+    make_step = train_loop.make_step
 
     def poisoned(*arguments: Any) -> Any:
         step, calls = make_step(*arguments), iter(range(1, 100))
@@ -203,9 +205,9 @@ def test_loss_that_is_not_finite_stops_the_run(
 
         return run
 
-    monkeypatch.setattr(train, "make_step", poisoned)
+    monkeypatch.setattr(train_loop, "make_step", poisoned)
     config = small(tmp_path, model, examples)
-    with pytest.raises(NonFiniteLossError, match=r"step 4 of sft: .*nan") as caught:
+    with pytest.raises(BadStepError, match=r"step 4 of sft: .*nan") as caught:
         train.main(config)
     assert "e1" in str(caught.value), "the documents of the batch are named"
     assert "optim.peak_lr" in str(caught.value)
@@ -219,7 +221,7 @@ def test_loss_that_is_not_finite_stops_the_run(
 def test_infinite_weight_of_a_document_is_found(tmp_path: Path, model: Path):
     """A real one, through the whole step: float32 cannot hold the sum of the weights."""
     path = tiny.write_examples(tmp_path / "examples.jsonl", 8, weight=3e38)
-    with pytest.raises(NonFiniteLossError, match="step 1 of sft: the loss is nan"):
+    with pytest.raises(BadStepError, match="step 1 of sft: the loss is nan"):
         train.main(small(tmp_path / "run", model, path))
 
 

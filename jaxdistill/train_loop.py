@@ -1,0 +1,170 @@
+"""The loop of one phase: steps that are logged, judged, saved and watched, to the last one or until preempted."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+import optax
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+
+from jaxdistill import metrics, optim, runtime, sharding, watch
+from jaxdistill.bad_steps import Guard
+from jaxdistill.checkpoint_store import Checkpoints
+from jaxdistill.data import loader
+from jaxdistill.data.packing import Batch
+from jaxdistill.errors import PreemptedError
+from jaxdistill.goodput import Goodput
+from jaxdistill.heldout import Heldout
+from jaxdistill.models.attention import Attention
+from jaxdistill.models.config import Config
+from jaxdistill.progress import Progress
+from jaxdistill.step_log import StepLog
+from jaxdistill.train_config import Phase, TrainConfig
+from jaxdistill.train_step import State, make_step, place
+
+_COLUMNS = (
+    TextColumn("{task.description}"),
+    BarColumn(),
+    TextColumn("{task.completed}/{task.total}  {task.fields[note]}"),
+    TimeRemainingColumn(),
+)
+_ESTIMATE_S = 3600.0  # seconds of steps that the time left is estimated from; rich's 30 hold not one long step
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A phase with its data, ready to be trained."""
+
+    phase: Phase
+    folder: Path
+    rows: loader.PackedSet
+    steps: int
+    optimizer: optax.GradientTransformation
+    origin: Mapping[str, Any]  # what its checkpoints stand on: starting weights, rows in their order, schedule
+
+    @property
+    def name(self) -> str:
+        return self.phase.name
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loop:
+    """What the steps of a phase are made with, and who hears of them."""
+
+    config: TrainConfig
+    c: Config
+    stage: Stage
+    attention: Attention
+    peak_flops: float  # FLOP/s of a device
+    checkpoints: Checkpoints
+    log: metrics.MetricsLog
+    heldout: Heldout | None
+    goodput: Goodput
+    watched: watch.Watch
+    preemption: runtime.Preemption
+    console: Console
+
+    def to_the_end(self, state: State, batches: grain.DatasetIterator) -> tuple[State, float | None]:
+        """The state after the last step, and the held-out loss if it was measured there.
+
+        The metrics of a step are read while the next one runs.
+
+        Raises:
+          PreemptedError: after SIGTERM, once the next step is saved.
+          BadStepError: as `bad_steps.Guard.look`.
+        """
+        config, stage, last, start = self.config, self.stage, self.stage.steps, int(state.step)
+        average_decay = stage.phase.optim.average_decay
+        train_step = make_step(config.step, self.attention, self.c, stage.optimizer, average_decay, config.bad_steps)
+        loss = None
+        with (
+            watch.profile(stage.folder, config.profile_steps) as profile,
+            Progress(*_COLUMNS, console=self.console, speed_estimate_period=_ESTIMATE_S) as bar,
+        ):
+            steps_log = self._steps_log(bar, start)
+            for number in range(start + 1, last + 1):
+                batch, ids = self._next(batches, steps_log, number == start + 1)
+                placed = place(batch, config.step.accumulate)
+                if number == start + 1:
+                    sharding.check_replicas(state.params, "weights")
+                    sharding.check_replicas(placed, "batch")
+                if profile.starts_at(number):
+                    steps_log.settle()
+                    profile.start()
+                with self.goodput.on("compile") if number == start + 1 else contextlib.nullcontext():
+                    state, values = train_step(state, placed)  # the first call compiles before it returns
+                self.goodput.turn_to("steps")
+                steps_log.add(number, values, self._facts(batch), ids)
+                preempted = self.preemption.reached()
+                if profile.ends_at(number):
+                    steps_log.settle()
+                    profile.stop()
+                    self.console.print(f"profile of steps {config.profile_steps}: {profile.folder}", soft_wrap=True)
+                if number % config.save_every == 0 or number == last or preempted:
+                    steps_log.settle()  # a state is saved only after its loss was seen to be finite
+                    loss = self._save(number, state, batches)
+                if preempted:
+                    raise PreemptedError(f"preempted: step {number} of {stage.name} is saved; run it again to go on")
+        return state, loss
+
+    def _steps_log(self, bar: Progress, start: int) -> StepLog:
+        task = bar.add_task(self.stage.name, total=self.stage.steps, completed=start, note="compiling")
+
+        def show(number: int, note: str) -> None:
+            bar.update(task, completed=number, note=note)
+            self.watched.beat(self.stage.name, number)
+            if (seconds := self.goodput.first_step()) is not None:
+                self.console.print(f"first step {seconds:.1f} s after the launch")
+
+        return StepLog(
+            self.log,
+            Guard(self.config.bad_steps, self.stage.name, self.stage.folder, runtime.leads()),
+            show,
+            self._warn,
+            optim.schedule(self.stage.phase.optim, self.stage.steps),
+            flops_per_token=self.c.flops_per_token(self.stage.rows.attended_tokens),
+            peak_flops=jax.device_count() * self.peak_flops,
+            every=self.config.log_every,
+            last=self.stage.steps,
+        )
+
+    def _warn(self, words: str) -> None:
+        self.console.print(words, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+    def _next(self, batches: grain.DatasetIterator, steps_log: StepLog, first: bool) -> tuple[Batch, tuple[str, ...]]:
+        """The next batch; the wait for it counts where the devices are idle when it comes."""
+        started = time.perf_counter()
+        batch = next(batches)
+        if not first and steps_log.devices_wait:
+            self.goodput.wasted("input", time.perf_counter() - started)
+        return batch
+
+    def _save(self, number: int, state: State, batches: grain.DatasetIterator) -> float | None:
+        """Saves a step; measures the held-out loss before, where checkpoints are kept by it."""
+        loss = None
+        if self.heldout is not None and self.config.retention.keep_best:
+            with self.goodput.on("evaluation"):
+                loss = self.heldout.measure(number, getattr(state, state.result_name), self.log)
+        with self.goodput.on("checkpoint"):
+            place_in_input = {"position": batches.get_state(), "origin": self.stage.origin}
+            self.checkpoints.save(number, state, {**place_in_input, "result": state.result_name}, loss)
+        self.goodput.saved(number)
+        return loss
+
+    def _facts(self, batch: Batch) -> dict[str, float]:
+        """Tokens of a batch, its share of padding, and how unevenly its FLOPs fall on the data-parallel ranks."""
+        tokens, mesh = np.count_nonzero(batch.segments), jax.sharding.get_mesh().shape
+        flops_per_position = self.c.flops_per_token(batch.lengths.mean(-1, dtype=np.float64))  # of each row
+        by_rank = flops_per_position.reshape(self.config.step.accumulate, mesh["data"] * mesh["fsdp"], -1).sum(-1)
+        return {
+            "tokens": float(tokens),
+            "padding_fraction": 1 - tokens / batch.segments.size,
+            "flop_imbalance": metrics.flop_imbalance(by_rank),
+        }
