@@ -46,7 +46,8 @@ def ask(plan: Plan, left: Wanted) -> Iterator[Completion]:
     completions: list[Completion] = []
     uncounted, receipts = 0, []
     with answered(f"evaluate {plan.name}", teacher, sampling, config) as (ledger, account, ended):
-        for call, judged in sampling.in_order():
+        results = list(sampling.in_order())
+        for call, judged in results:
             if judged.reason is not None:
                 receipts.append(call.receipt(judged.reason, judged.detail, judged.usage))
                 continue
@@ -60,9 +61,9 @@ def ask(plan: Plan, left: Wanted) -> Iterator[Completion]:
     yield from completions
     if uncounted:
         say(f"{plan.name}: {uncounted} answers came without a count of their tokens, and count as 0")
-    counts = {"answered": sum(judged.reason is None for _, judged in sampling.in_order()), "failed": len(receipts)}
+    counts = {"answered": len(results) - len(receipts), "failed": len(receipts)}
     kept, drops = plan.folder / "completions.jsonl", [receipt.detail for receipt in receipts]
-    conclude(f"evaluate {plan.name}", kept, counts, sampling.in_order(), drops, account, ended)
+    conclude(f"evaluate {plan.name}", kept, counts, results, drops, account, ended)
 
 
 def run_config(plan: Plan) -> RunConfig:

@@ -5,14 +5,13 @@ engine groups its steps. A sample that needs no forcing says what it says withou
 """
 
 import dataclasses
-import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jaxdistill import thinking
 from jaxdistill.errors import UserError
 from jaxdistill.sample.engine import Engine
-from jaxdistill.sample.request import Event, FinishReason, Output, Request
+from jaxdistill.sample.request import Event, FinishReason, Output, Request, derived_seed
 from jaxdistill.sample.text import TextStream
 
 CLOSING = f"\n{thinking.CLOSE}\nFinal Answer:"
@@ -64,10 +63,7 @@ class _Sample:
 
     def next_request(self) -> Request:
         """Of this stage; its noise is another one's, a function of seed and stage."""
-        seed = self.request.seed
-        if self.stage:
-            digest = hashlib.sha256(f"{seed}/{self.stage}".encode()).digest()
-            seed = int.from_bytes(digest[:4], "big") >> 1
+        seed = derived_seed(self.request.seed, self.stage) if self.stage else self.request.seed
         sampling = dataclasses.replace(self.request.sampling, max_new_tokens=self.left)
         prompt = (*self.request.prompt, *self.kept)
         return dataclasses.replace(

@@ -9,10 +9,10 @@ import jax
 from jaxdistill import manifest, records
 from jaxdistill.data import chat
 from jaxdistill.errors import UserError
-from jaxdistill.evaluate import sampling, tasks
+from jaxdistill.evaluate import sampling
 from jaxdistill.evaluate.config import EvaluateConfig
-from jaxdistill.evaluate.grade import Summary, grade, grader_named, summarize
-from jaxdistill.evaluate.plan import Plan
+from jaxdistill.evaluate.grade import Summary, grade, summarize
+from jaxdistill.evaluate.plan import Plan, problems_of
 from jaxdistill.models import decoder
 from jaxdistill.models.config import Config
 from jaxdistill.sample.engine import Engine, EngineConfig
@@ -61,16 +61,12 @@ class Live:
             )
         own = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "every"}
         self._config = EvaluateConfig(workdir=base, model=(base,), compute_dtype=compute_dtype, **own)
-        self._task = tasks.task(config.task)
-        if config.prompt is not None:
-            self._task = dataclasses.replace(self._task, prompt=config.prompt)
-        grader_named(self._task.grader)
-        self._problems = tasks.select(self._task.problems_from(config.path), config.limit, config.limit_seed)
+        self._task, self._problems = problems_of(self._config)
         self._tokenizer, self._c = chat.load_tokenizer(base), c
         self._stops = chat.end_tokens(self._tokenizer, base)
         plan = self._plan(base, 0)
-        requests = sampling.requests(plan, plan.wanted(), self._tokenizer)
-        self._positions = max(len(request.prompt) for request in requests) + config.sampling.max_new_tokens
+        self._requests = sampling.requests(plan, plan.wanted(), self._tokenizer)
+        self._positions = max(len(request.prompt) for request in self._requests) + config.sampling.max_new_tokens
         if self._positions > c.max_positions:
             raise UserError(
                 f"evaluate: a prompt and {config.sampling.max_new_tokens} new tokens are {self._positions} positions, "
@@ -87,7 +83,8 @@ class Live:
         wanted = plan.wanted()
         how = EngineConfig(slots=self._config.slots, compute_dtype=self._config.compute_dtype)
         engine = Engine(params, self._c, self._stops, self._positions, how)
-        done = {one.id: one for one in sampling.draw(engine, self._tokenizer, plan, wanted)}
+        drawn = sampling.draw(engine, self._tokenizer, plan, wanted, self._requests)
+        done = {one.id: one for one in drawn}
         completions = [done[id_] for id_ in wanted]
         with Verifier() as verifier:
             golds = {problem.id: problem.answer or "" for problem in self._problems}

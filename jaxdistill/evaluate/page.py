@@ -29,6 +29,7 @@ def write(path: Path, results: Sequence[Result], comparisons: Sequence[Compariso
     data = {"models": [result.name for result in results], "rows": rows}
     script = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
     plan, curve = results[0].plan, curve_of(results)
+    references = scaling.references(plan.task.name)
     sampling = [f"{name} {value}" for name, value in vars(plan.config.sampling).items()]
     html.write(
         path,
@@ -39,8 +40,8 @@ def write(path: Path, results: Sequence[Result], comparisons: Sequence[Compariso
         measures=measures({result.name: result.summary for result in results}),
         comparisons=comparisons,
         curve=curve,
-        curve_plot=Markup(scaling.plot(curve, scaling.references(plan.task.name))),
-        references=scaling.references(plan.task.name),
+        curve_plot=Markup(scaling.plot(curve, references)),
+        references=references,
         confidence=CONFIDENCE,
         resamples=RESAMPLES,
         rows=len(rows),

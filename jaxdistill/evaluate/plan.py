@@ -12,10 +12,13 @@ from jaxdistill import records
 from jaxdistill.checkpoint import fingerprint
 from jaxdistill.collect.teacher import Teacher, TeacherConfig
 from jaxdistill.errors import UserError
+from jaxdistill.evaluate import tasks
 from jaxdistill.evaluate.budget import Budget
 from jaxdistill.evaluate.config import EvaluateConfig
+from jaxdistill.evaluate.grade import grader_named
 from jaxdistill.evaluate.tasks import Task
 from jaxdistill.records import Completion, Message, Problem
+from jaxdistill.sample.request import derived_seed
 
 Wanted = dict[str, tuple[Problem, int]]  # problem and sample index by completion id
 
@@ -76,7 +79,7 @@ class Plan:
 
     def seed(self, id_: str) -> int:
         """A seed of each sample's own, 31 bits; the same for every model."""
-        return int.from_bytes(hashlib.sha256(f"{self.config.seed}/{id_}".encode()).digest()[:4], "big") >> 1
+        return derived_seed(self.config.seed, id_)
 
     def merged(self) -> list[Path]:
         """Folders of this model in the shards to be merged."""
@@ -144,6 +147,19 @@ def _committed(path: Path) -> list[Completion]:
     if whole < len(content):
         os.truncate(path, whole)
     return list(records.read_jsonl(path, Completion))
+
+
+def problems_of(config: EvaluateConfig) -> tuple[Task, list[Problem]]:
+    """The task as the configuration asks it, and the problems that it chooses.
+
+    Raises:
+      UserError: there is no such task or grader, or the file or the limit does not fit it.
+    """
+    task = tasks.task(config.task)
+    if config.prompt is not None:
+        task = dataclasses.replace(task, prompt=config.prompt)
+    grader_named(task.grader)  # refused before hours of sampling, not after
+    return task, tasks.select(task.problems_from(config.path), config.limit, config.limit_seed)
 
 
 def plans(config: EvaluateConfig, task: Task, problems: Sequence[Problem]) -> list[Plan]:

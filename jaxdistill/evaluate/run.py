@@ -12,12 +12,12 @@ from rich.table import Table
 from jaxdistill import manifest, records
 from jaxdistill.checkpoint import base_of
 from jaxdistill.errors import RunError, UserError
-from jaxdistill.evaluate import page, tasks
+from jaxdistill.evaluate import page
 from jaxdistill.evaluate.asking import ask, spent_usd
 from jaxdistill.evaluate.compare import Comparison, compare_all
 from jaxdistill.evaluate.config import EvaluateConfig
-from jaxdistill.evaluate.grade import Summary, grade, grader_named, summarize
-from jaxdistill.evaluate.plan import Plan, Wanted, plans
+from jaxdistill.evaluate.grade import Summary, grade, summarize
+from jaxdistill.evaluate.plan import Plan, Wanted, plans, problems_of
 from jaxdistill.evaluate.results import Result, measures
 from jaxdistill.evaluate.sampling import sample
 from jaxdistill.progress import say
@@ -35,11 +35,7 @@ def main(config: EvaluateConfig) -> Mapping[str, Summary]:
       RunError: some of it is incomplete; all that is here is written.
       UserError: models, task, problems or settings do not fit together, or earlier completions are of something else.
     """
-    task = tasks.task(config.task)
-    if config.prompt is not None:
-        task = dataclasses.replace(task, prompt=config.prompt)
-    grader_named(task.grader)  # refused before hours of sampling, not after
-    problems = tasks.select(task.problems_from(config.path), config.limit, config.limit_seed)
+    task, problems = problems_of(config)
     rankings = _rankings(config.rankings)
     planned = plans(config, task, problems)
     earlier = [plan.earlier() for plan in planned]  # all are looked at before any is sampled

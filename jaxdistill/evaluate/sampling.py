@@ -1,7 +1,7 @@
 """Completions from a model's weights, by the project's own engine."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -28,10 +28,11 @@ def sample(plan: Plan, left: Wanted) -> Iterator[Completion]:
     tokenizer = chat.load_tokenizer(base_of(model))
     with jax.set_mesh(config.mesh.build()):
         how = EngineConfig(slots=config.slots, compute_dtype=config.compute_dtype)
-        engine = engine_for(model, tokenizer, requests(plan, left, tokenizer), how)
+        asked = requests(plan, left, tokenizer)
+        engine = engine_for(model, tokenizer, asked, how)
         if fingerprint(model) != plan.weights:
             raise RunError(f"{model} was written to while it was read; evaluate it again when it is finished")
-        yield from draw(engine, tokenizer, plan, left)
+        yield from draw(engine, tokenizer, plan, left, asked)
 
 
 def requests(plan: Plan, left: Wanted, tokenizer: Any) -> list[Request]:
@@ -43,9 +44,12 @@ def requests(plan: Plan, left: Wanted, tokenizer: Any) -> list[Request]:
     ]
 
 
-def draw(engine: Engine, tokenizer: Any, plan: Plan, left: Wanted) -> Iterator[Completion]:
-    """Completions from an engine on the current mesh, with a bar of how far they are."""
-    asked = requests(plan, left, tokenizer)
+def draw(engine: Engine, tokenizer: Any, plan: Plan, left: Wanted, asked: Sequence[Request]) -> Iterator[Completion]:
+    """Completions from an engine on the current mesh, with a bar of how far they are.
+
+    Args:
+      asked: `requests` of the same plan.
+    """
     console = Console(stderr=True)
     columns = (*Progress.get_default_columns(), TextColumn("{task.fields[speed]}"))
     with Progress(*columns, console=console) as progress:

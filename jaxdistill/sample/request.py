@@ -1,6 +1,7 @@
 """What is asked of the sampler, and what comes back."""
 
 import dataclasses
+import hashlib
 from typing import Literal
 
 from jaxdistill.errors import UserError
@@ -12,6 +13,11 @@ _LEAST_TEMPERATURE = 1e-6  # below it, logits over temperature would soon leave 
 _LARGEST_PENALTY = 1e6
 
 FinishReason = Literal["stop", "length"]
+
+
+def derived_seed(*parts: int | str) -> int:
+    """A seed of 31 bits that is a function of these parts: of another seed, and of what it is drawn for."""
+    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:4], "big") >> 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

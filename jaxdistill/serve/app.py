@@ -2,7 +2,6 @@
 
 import asyncio
 import dataclasses
-import hashlib
 import json
 import os
 import time
@@ -284,7 +283,7 @@ def _seed(body: Sampled, prompt: int, sample: int) -> int:
     """A seed of each sample's own, 31 bits: a function of the client's, or by chance."""
     if body.seed is None:
         return int.from_bytes(os.urandom(4), "big") >> 1
-    return int.from_bytes(hashlib.sha256(f"{body.seed}/{prompt}/{sample}".encode()).digest()[:4], "big") >> 1
+    return sampler.derived_seed(body.seed, prompt, sample)
 
 
 async def _unless_left(request: Request, work: Awaitable[dict[str, Any]]) -> dict[str, Any] | None:

@@ -8,7 +8,6 @@ from pydantic.json_schema import models_json_schema
 from jaxdistill.serve.schema import ChatBody, CompletionBody
 
 _STRING, _INTEGER, _NUMBER = {"type": "string"}, {"type": "integer"}, {"type": "number"}
-_OPTIONAL_STRING, _OPTIONAL_NUMBER = {"type": ["string", "null"]}, {"type": ["number", "null"]}
 _REFUSALS = {
     "400": "The body is not as described, or asks for more than the model has positions for",
     "401": "The key is missing or wrong",
@@ -124,7 +123,7 @@ _ANSWERS = {
         "text_completion",
         _object(
             tokens=_list(_STRING),
-            token_logprobs=_list(_OPTIONAL_NUMBER),
+            token_logprobs=_list(_or_null(_NUMBER)),
             top_logprobs=_list(_or_null({"type": "object", "additionalProperties": _NUMBER})),
             text_offset=_list(_INTEGER),
         ),
@@ -134,6 +133,6 @@ _ANSWERS = {
     "ModelList": _object(object={"const": "list"}, data=_list(_MODEL)),
     "Health": _object(status={"enum": ["ok", "the engine failed"]}),
     "Error": _object(
-        error=_object(message=_STRING, type=_STRING, param=_OPTIONAL_STRING, code=_OPTIONAL_STRING),
+        error=_object(message=_STRING, type=_STRING, param=_or_null(_STRING), code=_or_null(_STRING)),
     ),
 }
