@@ -13,6 +13,9 @@ import pytest
 
 jax.config.update("jax_platforms", "cpu")  # a pytest plugin may have imported jax before the line above
 jax.config.update("jax_num_cpu_devices", 8)
+# A command called in this process names a folder for compiled programs: what runs after it must not find there what
+# an earlier run of the tests compiled. Programs in processes of their own keep theirs as users do.
+jax.config.update("jax_enable_compilation_cache", False)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
