@@ -1,9 +1,11 @@
 """The mesh, and the tables that say which tensor dimension lives on which mesh axis. Legend: docs/shapes.md."""
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -77,6 +79,7 @@ COMPUTE: Mapping[str, MeshAxes] = {
     "B": ("data", "fsdp"),
     "P": ("data", "fsdp"),
     "T": "context",
+    "p": "context",
     "F": "tensor",
     "N": "tensor",
     "K": "tensor",
@@ -86,8 +89,26 @@ COMPUTE: Mapping[str, MeshAxes] = {
 TOKEN_AXES = frozenset({"data", "fsdp", "context"})
 
 
+_rows_are_whole = contextvars.ContextVar("_rows_are_whole", default=False)
+
+
+@contextlib.contextmanager
+def whole_rows() -> Iterator[None]:
+    """Within it every device along context computes whole rows: when sampling, where a row is a token or a few.
+
+    It holds while a program is traced.
+    """
+    token = _rows_are_whole.set(True)
+    try:
+        yield
+    finally:
+        _rows_are_whole.reset(token)
+
+
 def spec(dims: str, table: Mapping[str, MeshAxes] = COMPUTE) -> jax.P:
     """The partition of a tensor whose dimensions are the letters `dims`."""
+    if _rows_are_whole.get() and table is COMPUTE:
+        table = {**COMPUTE, "T": None}
     return jax.P(*(table.get(letter) for letter in dims))
 
 

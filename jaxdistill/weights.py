@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxdistill import sharding
 
-Weight = Any  # a jax.Array, or a Declared or a ShapeDtypeStruct standing in for one
+Weight = Any  # a jax.Array, or what stands in for one: Declared, ShapeDtypeStruct, numbers in 8 bits with their scales
 Tree = TypeVar("Tree")
 
 

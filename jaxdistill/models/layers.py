@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxdistill.models.config import Rope
 from jaxdistill.sharding import einsum, gather, spec
+from jaxdistill.weights import Weight
 
 _STRETCH = 16_384  # positions on one device that the MLP works on at a time, where rows are more than twice as long
 
@@ -97,14 +98,14 @@ def _yarn_range(rope: Rope, head_dim: int) -> tuple[float, float]:
 def swiglu(x: Float[Array, "B T D"], w: Any, project: Projection) -> Float[Array, "B T D"]:
     """The gated MLP of Llama and Qwen; `w` is a block with w_gate, w_up and w_down."""
 
-    def mlp(x: Array, w_gate: Array, w_up: Array, w_down: Array) -> Array:
+    def mlp(x: Array, w_gate: Weight, w_up: Weight, w_down: Weight) -> Array:
         gate, up = project("BTD,DF->BTF", x, w_gate), project("BTD,DF->BTF", x, w_up)
         return project("BTF,FD->BTD", jax.nn.silu(gate) * up, w_down)
 
     return by_stretches(mlp, x, w.w_gate, w.w_up, w.w_down)
 
 
-def by_stretches(f: Callable[..., Array], x: Float[Array, "B T D"], *weights: Array) -> Float[Array, "B T E"]:
+def by_stretches(f: Callable[..., Array], x: Float[Array, "B T D"], *weights: Weight) -> Float[Array, "B T E"]:
     """f(x, *weights), which treats each position by itself: one stretch of a very long row after the other.
 
     So what f computes on its way, stored weights that it gathers included, is never held for more than `_STRETCH`

@@ -8,18 +8,19 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from jaxdistill import chips
+from jaxdistill import chips, weights
 from jaxdistill.errors import UserError
 from jaxdistill.models.layers import PROJECTION_NAME, Projection, matmul, projection
 from jaxdistill.sharding import einsum, gather, spec
 
 MatmulDtype = Literal["compute", "float8", "int8"]
 
-_STORED = {"float8": jnp.float8_e4m3fn, "int8": jnp.int8}
-_LARGEST = {"float8": 448.0, "int8": 127.0}
+STORED = {"float8": jnp.float8_e4m3fn, "int8": jnp.int8}
+_LARGEST = {jnp.dtype(jnp.float8_e4m3fn): 448.0, jnp.dtype(jnp.int8): 127.0}
 _SMALLEST_SCALE = 1e-30  # of a token or channel that is all zeros
 
 
@@ -79,7 +80,7 @@ def _project(matmul_dtype: str, equation: str, x: Array, w: Array) -> Array:
 
 def _forward(matmul_dtype: str, equation: str, x: Array, w: Array) -> tuple[Array, tuple[Array, ...]]:
     x_dims, w_dims, out_dims = equation.replace("->", ",").split(",")
-    x8, x_scale = _quantize(matmul_dtype, x, x_dims, out_dims)
+    x8, x_scale = quantize(x, x_dims, out_dims, STORED[matmul_dtype])
     w8, w_scale = _gathered(matmul_dtype, w, w_dims, out_dims)
     out = (_product(equation, x8, w8, x.dtype) * x_scale * w_scale).astype(x.dtype)
     return out, (x, w, w8, w_scale)  # what is gathered to compute this again is gathered once for the backward pass
@@ -88,7 +89,7 @@ def _forward(matmul_dtype: str, equation: str, x: Array, w: Array) -> tuple[Arra
 def _backward(matmul_dtype: str, equation: str, residuals: tuple[Array, ...], g: Array) -> tuple[Array, Array]:
     x, w, w8, w_scale = residuals
     x_dims, w_dims, out_dims = equation.replace("->", ",").split(",")
-    g8, g_scale = _quantize(matmul_dtype, g * w_scale, out_dims, x_dims)
+    g8, g_scale = quantize(g * w_scale, out_dims, x_dims, STORED[matmul_dtype])
     # The highest precision: cuBLAS otherwise adds up products of float8 in less than float32
     dx = _product(f"{out_dims},{w_dims}->{x_dims}", g8, w8, x.dtype, precision="highest")
     (dw,) = jax.linear_transpose(functools.partial(matmul, equation, x), w)(g)
@@ -104,21 +105,54 @@ def _product(equation: str, a8: Array, b8: Array, dtype: Any, **how: Any) -> Arr
     return einsum(equation, a8, b8, preferred_element_type=sums, **how)
 
 
-def _quantize(matmul_dtype: str, x: Array, dims: str, out_dims: str) -> tuple[Array, Float[Array, "..."]]:
+def quantize(x: Array, dims: str, out_dims: str, dtype: Any) -> tuple[Array, Float[Array, "..."]]:
     """Numbers in 8 bits, and their float32 scale for every index that a product with dimensions `out_dims` keeps.
 
     The scale is shaped to be multiplied with that product.
+
+    Args:
+      dtype: one of STORED.
     """
     contracted = tuple(i for i, letter in enumerate(dims) if letter not in out_dims)
     x = x.astype(jnp.float32)
-    scale = jnp.maximum(jnp.max(jnp.abs(x), axis=contracted) / _LARGEST[matmul_dtype], _SMALLEST_SCALE)
+    scale = jnp.maximum(jnp.max(jnp.abs(x), axis=contracted) / _LARGEST[jnp.dtype(dtype)], _SMALLEST_SCALE)
     scaled = x / jnp.expand_dims(scale, contracted)
-    stored = (jnp.round(scaled) if matmul_dtype == "int8" else scaled).astype(_STORED[matmul_dtype])
+    stored = (jnp.round(scaled) if jnp.dtype(dtype) == jnp.int8 else scaled).astype(dtype)
     return stored, jnp.expand_dims(scale, [i for i, letter in enumerate(out_dims) if letter not in dims])
 
 
+@struct.dataclass
+class Stored:
+    """A matrix that is kept in 8 bits, and multiplied in what it is multiplied with; for sampling."""
+
+    values: Array  # in storage layout
+    scale: Float[Array, "..."]  # shaped to be multiplied with the product
+
+
+def weight(w: Array, declared: weights.Declared, dtype: MatmulDtype) -> Stored:
+    """One layer's matrix in 8 bits, with a scale per output channel.
+
+    Args:
+      declared: as the family does; Hugging Face's last dimension is what the matrix is multiplied over.
+    """
+    dims = declared.layer_dims.replace(" ", "")
+    inputs = declared.hf_dims[declared.hf_dims.rfind("(") :] if declared.hf_dims.endswith(")") else declared.hf_dims[-1]
+    outputs = "".join(letter for letter in dims if letter not in inputs)
+    values, scale = quantize(w, dims, f"BT{outputs}", STORED[dtype])
+    return Stored(values, jax.sharding.reshard(scale, spec(f"..{outputs}")))
+
+
+def stored_projection(equation: str, x: Array, w: Array | Stored) -> Array:
+    """As `layers.projection`, of a matrix in compute dtype or in 8 bits, without a gradient."""
+    if not isinstance(w, Stored):
+        return matmul(equation, x, w)
+    dims = equation.split("->")[0].split(",")[1]
+    values = gather(w.values, dims, w.values.dtype).astype(x.dtype)
+    return (einsum(equation, x, values, preferred_element_type=jnp.float32) * w.scale).astype(x.dtype)
+
+
 def _gathered(matmul_dtype: str, w: Array, dims: str, out_dims: str) -> tuple[Array, Float[Array, "..."]]:
-    """`_quantize` of a stored weight, in compute layout."""
-    stored, scale = _quantize(matmul_dtype, w, dims, out_dims)
+    """`quantize` of a stored weight, in compute layout."""
+    stored, scale = quantize(w, dims, out_dims, STORED[matmul_dtype])
     of_scale = "".join(letter if letter in dims else "." for letter in out_dims)
     return gather(stored, dims, stored.dtype), jax.sharding.reshard(scale, spec(of_scale))

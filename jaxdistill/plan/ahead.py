@@ -105,24 +105,33 @@ def compile_step(config: TrainConfig, c: Config, mesh: jax.sharding.Mesh, docume
         dtype, average = jnp.dtype(phase.state_dtype), phase.average_decay > 0
         state = abstract_state(template, optimizer, dtype, average, config.step.offload_moments)
         step: Any = make_step(config.step, attention, c, optimizer, phase.average_decay)
-        platform, on_host = device.platform, config.step.offload_moments
-        if platform == "gpu":
-            platform, step = "cuda", cuda.with_moments_on_host(step) if on_host else step
+        on_host = config.step.offload_moments
+        if device.platform == "gpu" and on_host:
+            step = cuda.with_moments_on_host(step)
         traced = step.trace(state, _batch(config))
-        started = time.perf_counter()
-        try:
-            compiled = traced.lower(lowering_platforms=(platform,)).compile()
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            raise DoesNotFitError(_needed(str(error))) from None
-        seconds = time.perf_counter() - started
+        compiled, seconds = compile_for(traced, mesh)
         saved = saved_bytes(traced.jaxpr.jaxpr, c.layers)
         return Compiled(
             memory=_memory(state, compiled.memory_analysis(), saved, on_host),
             collectives=collectives.read(compiled.as_text()),
             compile_s=seconds,
         )
+
+
+def compile_for(traced: Any, mesh: jax.sharding.Mesh) -> tuple[Any, float]:
+    """A traced program compiled for the devices of a mesh, and the seconds that took.
+
+    Raises:
+      DoesNotFitError: the compiler ran out of a device's memory.
+    """
+    platform, started = mesh.devices.flat[0].platform, time.perf_counter()
+    try:
+        compiled = traced.lower(lowering_platforms=("cuda" if platform == "gpu" else platform,)).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise DoesNotFitError(_needed(str(error))) from None
+    return compiled, time.perf_counter() - started
 
 
 def _batch(config: TrainConfig) -> Batch:
@@ -142,13 +151,7 @@ def _memory(state: State, analysis: Any, saved: tuple[int, int], moments_on_host
     def held(tree: Any) -> int:
         return sum(device_bytes(x, x.sharding.spec) for x in jax.tree.leaves(tree))
 
-    if jax.sharding.get_mesh().devices.flat[0].platform == "tpu":
-        # What TPUs' compiler holds against the memory when it refuses a program; the sum below, where buffers that are
-        # not there at the same time count together, may exceed what it accepts
-        total = analysis.peak_memory_in_bytes
-    else:
-        total = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
-        total += analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    total = total_bytes(analysis)
     on_device, on_host = saved
     of_weights, of_optimizer = held(state.params), held((None if moments_on_host else state.opt_state, state.average))
     return Memory(
@@ -158,6 +161,16 @@ def _memory(state: State, analysis: Any, saved: tuple[int, int], moments_on_host
         temporaries=total - of_weights - of_optimizer - on_device,
         host=max(on_host, analysis.host_temp_size_in_bytes) + analysis.host_argument_size_in_bytes,
     )
+
+
+def total_bytes(analysis: Any) -> int:
+    """What a program compiled for the current mesh needs of one device's memory."""
+    if jax.sharding.get_mesh().devices.flat[0].platform == "tpu":
+        # What TPUs' compiler holds against the memory when it refuses a program; the sum below, where buffers that are
+        # not there at the same time count together, may exceed what it accepts
+        return analysis.peak_memory_in_bytes
+    total = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
+    return total + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
 
 
 def device_bytes(x: Any, spec: jax.P) -> int:

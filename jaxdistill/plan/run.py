@@ -14,11 +14,12 @@ from jaxdistill.data import chat, loader
 from jaxdistill.errors import RunError, UserError
 from jaxdistill.models import quantized
 from jaxdistill.models.config import Config
-from jaxdistill.plan import ahead, hardware, measured, roofline, search
+from jaxdistill.plan import ahead, decoding, hardware, measured, roofline, search
 from jaxdistill.plan.collectives import Collective
 from jaxdistill.plan.hardware import Hardware
 from jaxdistill.plan.measured import Measured
 from jaxdistill.plan.search import OptimizerState
+from jaxdistill.sample.engine import EngineConfig
 from jaxdistill.train_config import TrainConfig, read_architecture
 
 _GIB = 2**30
@@ -39,8 +40,14 @@ class PlanConfig:
     search_states: tuple[OptimizerState, ...] = ("float32", "offloaded", "bfloat16")  # to try, the preferred first
     compiled: int = 3  # ways that a search is after: it compiles, as formulas rank them, until so many fit
     measured: Path | None = None  # folder of a run of this very recipe, whose steps are held against the plan
+    decode: bool = False  # plan the sampler's decoding step on the recipe's mesh, not the training step
+    engine: EngineConfig = EngineConfig()  # of the sampler
+    positions: int | None = None  # longest prompt and output together when decoding; by default the model's
+    live_tokens: float | None = None  # positions a slot holds on average when decoding; by default half of positions
 
     def __post_init__(self):
+        if self.decode and (self.search or self.measured):
+            raise UserError("decode does not go with search or measured: they are about training")
         if self.search and self.measured:
             raise UserError("search and measured do not go together: a run is held against the recipe's own way")
 
@@ -81,7 +88,9 @@ def main(config: PlanConfig) -> list[Plan]:
     train = config.train
     base, c = read_architecture(train)
     console.print(f"{target}: {target.devices} devices of {target.device_memory / _GIB:.1f} GiB")
-    devices = ahead.devices(target)
+    devices: Any = ahead.devices(target)
+    if config.decode:
+        return _plan_decoding(config, c, target, devices, console)
     quantized.check(train.step.matmul_dtype, devices[0])
     work = work_of(config, base, c)
     ran = measured.read(config.measured, train) if config.measured else None
@@ -114,6 +123,44 @@ def main(config: PlanConfig) -> list[Plan]:
             f"{best.estimate.step_s:.3f}, {best.estimate.step_s / ran.step_s:.2f} of it"
         )
     return plans
+
+
+def _plan_decoding(config: PlanConfig, c: Config, target: Hardware, devices: Any, console: Console) -> list[Plan]:
+    """Prints and writes the plan of the decoding step; there are no ways of training to return."""
+    mesh, positions = config.train.mesh.build(devices), config.positions or c.max_positions
+    sharding.check_divisible(c.sizes(), dict(mesh.shape))
+    live_tokens = config.live_tokens or positions / 2
+    try:
+        found = decoding.compile_decoding(c, target, mesh, config.engine, positions, live_tokens)
+    except ahead.DoesNotFitError as error:
+        raise RunError(f"{target}: {error}; use more chips, fewer engine.slots or positions, or 8 bits") from None
+    memory = Table("memory of a device", "GiB")
+    for name in ("weights", "cache", "temporaries", "total"):
+        memory.add_row(name, f"{getattr(found, name) / _GIB:.2f}")
+    console.print(memory)
+    console.print(_collectives(found.collectives))
+    console.print(
+        f"{found.slots} slots, {live_tokens:,.0f} positions live in each, the cache holds {found.cache_positions:,}: "
+        f"{found.read / _GIB:.2f} GiB read a step, {1e3 * found.step_s:.2f} ms ({1e3 * found.roofline_s:.2f} by the "
+        f"memory's roofline), {found.tokens_per_s:,.0f} tokens/s; compiled in {found.compile_s:.0f} s"
+    )
+    console.print(f"{decoding.FORMULA}. Shares assumed: {roofline.EFFICIENCY[target.chip.platform]._asdict()}")
+    record = {
+        "hardware": str(target),
+        "jax": jax.__version__,
+        "mesh": dict(mesh.shape),
+        "engine": dataclasses.asdict(config.engine),
+        "formula": decoding.FORMULA,
+        **dataclasses.asdict(found),
+    }
+    manifest.write_json(config.workdir / f"{config.hardware.replace(':', '-')}-decode.json", record)
+    limit = search.USABLE * target.device_memory
+    if found.total > limit:
+        raise RunError(
+            f"{target}: decoding needs {found.total / _GIB:.1f} GiB a device, usable are {limit / _GIB:.1f}; use more "
+            "chips, fewer engine.slots or positions, or 8 bits (engine.cache_dtype, engine.weight_dtype)"
+        )
+    return []
 
 
 def work_of(config: PlanConfig, base: Path, c: Config) -> Work:

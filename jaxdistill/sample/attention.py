@@ -1,37 +1,53 @@
 """Attention of new tokens to the pages their request holds: the one place where a device's own kernel would go in."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 _GROUP_BYTES = 2**21  # keys of one page of each row that a CPU's second-level caches hold
 _MASKED = -1e30
+Stored = Any  # a jax.Array, or what stands for one: its letters, a layout
+
+
+@struct.dataclass
+class Pages:
+    """One layer's keys and values: P pages, laid out as attention's two products read them.
+
+    In 8 bits each position and head has a scale, which keys and values are to be multiplied with.
+    """
+
+    keys: Stored  # [P, K, H, p]
+    values: Stored  # [P, K, p, H]
+    key_scales: Stored | None = None  # [P, K, p] float32
+    value_scales: Stored | None = None
 
 
 def attend(
     q: Float[Array, "B T N H"],
-    keys: Float[Array, "P K H S"],
-    values: Float[Array, "P K S H"],
+    pages: Pages,
     tables: Int[Array, "B M"],
     positions: Int[Array, "B T"],
     live: Bool[Array, "B T"],
 ) -> Float[Array, "B T N H"]:
-    """Each query sees the keys of its row up to its own position, page by page, on one device.
+    """Each query sees the keys of its row up to its own position, page by page, on one device or along context.
 
-    The order of additions, and with it a result's last bits, depends on the page size alone: not on the other rows, nor
-    on where the pages lie.
+    The order of additions, and with it a result's last bits, depends on the page size, and on how many devices share
+    the pages along context: not on the other rows, nor on where the pages lie.
     """
-    (B, T), (K, S, H) = q.shape[:2], values.shape[1:]
+    (B, T), (K, p, H) = q.shape[:2], pages.values.shape[1:]
     q_BKXH = rearrange(q, "B T (K G) H -> B K (G T) H", K=K)
-    size = _group_size(B, K * H * S * keys.dtype.itemsize)
+    size = _group_size(B, K * H * p * pages.keys.dtype.itemsize)
     if size == B:
-        out = _attend_together(q_BKXH, keys, values, tables, positions, live)
+        out = _attend_together(q_BKXH, pages, tables, positions, live)
     else:
 
         def group(first: Array) -> Array:
             own = [jax.lax.dynamic_slice_in_dim(a, first, size) for a in (q_BKXH, tables, positions, live)]
-            return _attend_together(own[0], keys, values, *own[1:])
+            return _attend_together(own[0], pages, *own[1:])
 
         out = jax.lax.map(group, jnp.arange(0, B, size)).reshape(q_BKXH.shape)
     return rearrange(out, "B K (G T) H -> B T (K G) H", T=T)
@@ -39,14 +55,16 @@ def attend(
 
 def _group_size(rows: int, page_bytes: int) -> int:
     """Rows to attend at a time: all on an accelerator; on a CPU as many as its caches hold a page of the keys of."""
-    if jax.default_backend() != "cpu":
+    device: Any = jax.sharding.get_abstract_mesh().abstract_device
+    if device.platform != "cpu":
         return rows
     return max((n for n in range(1, rows + 1) if rows % n == 0 and n * page_bytes <= _GROUP_BYTES), default=1)
 
 
-def _attend_together(q_BKXH: Array, keys: Array, values: Array, tables: Array, positions: Array, live: Array) -> Array:
+def _attend_together(q_BKXH: Array, pages: Pages, tables: Array, positions: Array, live: Array) -> Array:
     """Attention [B, K, X, H] of B rows, up to the longest of them."""
-    (_, _, X, H), S, dtype = q_BKXH.shape, keys.shape[-1], q_BKXH.dtype
+    (_, _, X, H), p, dtype = q_BKXH.shape, pages.keys.shape[-1], q_BKXH.dtype
+    devices, device = jax.lax.axis_size("context"), jax.lax.axis_index("context")
     # The last key that each of X = G T queries sees
     last_X = jnp.tile(positions, (1, X // positions.shape[1]))[:, None, :, None]
 
@@ -54,19 +72,28 @@ def _attend_together(q_BKXH: Array, keys: Array, values: Array, tables: Array, p
         # Online softmax. A page with no key to see changes nothing, to the last bit: so a row's result does not
         # depend on how far the loop runs for the sake of longer rows.
         top, total, sums = carry
-        pages = jax.lax.dynamic_index_in_dim(tables, i, axis=1, keepdims=False)
-        k_BKHS, v_BKSH = keys[pages].astype(dtype), values[pages].astype(dtype)
-        scores = jnp.einsum("BKXH,BKHS->BKXS", q_BKXH, k_BKHS, preferred_element_type=jnp.float32)
-        visible = i * S + jnp.arange(S) <= last_X
+        at = jax.lax.dynamic_index_in_dim(tables, i, axis=1, keepdims=False)
+        held = jax.tree.map(lambda a: a[at], pages)
+        scores = jnp.einsum("BKXH,BKHp->BKXp", q_BKXH, held.keys.astype(dtype), preferred_element_type=jnp.float32)
+        if held.key_scales is not None:
+            scores *= held.key_scales[:, :, None, :]
+        visible = (i * devices + device) * p + jnp.arange(p) <= last_X
         scores = jnp.where(visible, scores * H**-0.5, _MASKED)
         new_top = jnp.maximum(top, scores.max(-1))
         weights = jnp.where(visible, jnp.exp(scores - new_top[..., None]), 0.0)
         shrink = jnp.exp(top - new_top)
-        seen = jnp.einsum("BKXS,BKSH->BKXH", weights.astype(dtype), v_BKSH, preferred_element_type=jnp.float32)
-        return new_top, total * shrink + weights.sum(-1), sums * shrink[..., None] + seen
+        total = total * shrink + weights.sum(-1)
+        if held.value_scales is not None:
+            weights *= held.value_scales[:, :, None, :]
+        values, of_values = held.values.astype(dtype), "BKXp,BKpH->BKXH"
+        seen = jnp.einsum(of_values, weights.astype(dtype), values, preferred_element_type=jnp.float32)
+        return new_top, total, sums * shrink[..., None] + seen
 
     zeros = jnp.zeros(q_BKXH.shape, jnp.float32)
     start = (zeros[..., 0] + _MASKED, zeros[..., 0], zeros)
-    count = jnp.max(jnp.where(live, positions, 0)) // S + 1
-    _, total, sums = jax.lax.fori_loop(0, count, body, start)
+    count = jnp.max(jnp.where(live, positions, 0)) // (devices * p) + 1
+    top, total, sums = jax.lax.fori_loop(0, count, body, start)
+    if devices > 1:
+        shrink = jnp.exp(top - jax.lax.pmax(top, "context"))
+        total, sums = jax.lax.psum((total * shrink, sums * shrink[..., None]), "context")
     return (sums / jnp.maximum(total, 1e-30)[..., None]).astype(dtype)

@@ -1,83 +1,103 @@
 """The key-value cache: pages of fixed size that lie anywhere, written in place; a table says which belong to whom."""
 
-from typing import Any
+import dataclasses
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxdistill.models import quantized
 from jaxdistill.models.config import Config
-from jaxdistill.sample.attention import attend
+from jaxdistill.sample.attention import Pages, attend
 from jaxdistill.sharding import spec
 
-_KEY_DIMS, _VALUE_DIMS = "PKHS", "PKSH"
+CacheDtype = Literal["compute", "float8", "int8"]
+
+# A page's positions are split over the context axis: each device there holds its share of every page
+_DIMS = Pages(keys="PKHp", values="PKpH", key_scales="PKp", value_scales="PKp")
+_SCALE = jnp.float32  # of a position's keys, or values, in 8 bits
+
+Cache = tuple[Pages, ...]  # a layer each: one array of all layers would be sliced, and so copied, in every step
 
 
-@struct.dataclass
-class Cache:
-    """Keys and values, an array a layer: P pages of S positions each, laid out as attention's two products read them.
-
-    One array of all layers would be sliced, and so copied, at every layer of every step.
-    """
-
-    k: tuple[Float[Array, "P K H S"], ...]
-    v: tuple[Float[Array, "P K S H"], ...]
-
-
-def empty(c: Config, pages: int, page_tokens: int, dtype: Any) -> Cache:
+def empty(c: Config, pages: int, page_tokens: int, dtype: Any, cache_dtype: CacheDtype = "compute") -> Cache:
     """A cache of zeros on the current mesh.
 
     Args:
       pages: on all devices together; split over data x fsdp.
+      page_tokens: split over context.
+      dtype: of a cache in compute dtype.
     """
-    sizes = {"P": pages, "K": c.kv_heads, "H": c.head_dim, "S": page_tokens}
+    sizes = {"P": pages, "K": c.kv_heads, "H": c.head_dim, "p": page_tokens}
 
-    def zeros(dims: str) -> tuple[Array, ...]:
-        make = jax.jit(lambda: jnp.zeros([sizes[d] for d in dims], dtype, out_sharding=spec(dims)))
-        return tuple(make() for _ in range(c.layers))
+    def zeros(dims: str) -> Array:
+        stored = _SCALE if "H" not in dims else quantized.STORED.get(cache_dtype, dtype)
+        return jax.jit(lambda: jnp.zeros([sizes[d] for d in dims], stored, out_sharding=spec(dims)))()
 
-    return Cache(k=zeros(_KEY_DIMS), v=zeros(_VALUE_DIMS))
+    kept = _DIMS if cache_dtype != "compute" else Pages(_DIMS.keys, _DIMS.values)
+    return tuple(jax.tree.map(zeros, kept) for _ in range(c.layers))
 
 
-def page_bytes(c: Config, page_tokens: int, dtype: Any) -> int:
+def page_bytes(c: Config, page_tokens: int, dtype: Any, cache_dtype: CacheDtype = "compute") -> int:
     """Keys and values of all layers in one page."""
-    return 2 * c.layers * c.kv_heads * c.head_dim * page_tokens * jnp.dtype(dtype).itemsize
+    scale = 0 if cache_dtype == "compute" else jnp.dtype(_SCALE).itemsize
+    of_head = c.head_dim * jnp.dtype(quantized.STORED.get(cache_dtype, dtype)).itemsize + scale
+    return 2 * c.layers * c.kv_heads * page_tokens * of_head
 
 
 def write_and_attend(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
-    keys: Float[Array, "P K H S"],
-    values: Float[Array, "P K S H"],
+    pages: Pages,
     tables: Int[Array, "B M"],
     positions: Int[Array, "B T"],
     live: Bool[Array, "B T"],
-) -> tuple[Float[Array, "B T N H"], Array, Array]:
+) -> tuple[Float[Array, "B T N H"], Pages]:
     """Stores new keys and values, then attends to everything each row holds up to the query's position.
 
     Args:
-      keys: of one layer, as are the values.
+      pages: of one layer.
       tables: pages of each row, by number among those of its own device.
       live: positions that exist; others are neither stored nor do they lengthen the loop over keys.
     """
     heads = spec("BTNH")
-    stored = spec(_KEY_DIMS), spec(_VALUE_DIMS)
+    stored = jax.tree.map(spec, _DIMS if pages.key_scales is not None else Pages(_DIMS.keys, _DIMS.values))
     return jax.shard_map(
         _local,
-        in_specs=(heads, heads, heads, *stored, spec("B"), spec("BT"), spec("BT")),
-        out_specs=(heads, *stored),
+        in_specs=(heads, heads, heads, stored, spec("B"), spec("BT"), spec("BT")),
+        out_specs=(heads, stored),
         check_vma=False,  # each device runs its loop over keys to its own end
-    )(q, k, v, keys, values, tables, positions, live)
+    )(q, k, v, pages, tables, positions, live)
 
 
 def _local(
-    q: Array, k: Array, v: Array, keys: Array, values: Array, tables: Array, positions: Array, live: Array
-) -> tuple[Array, Array, Array]:
-    P, _, S, _ = values.shape
-    pages = jnp.take_along_axis(tables, jnp.minimum(positions // S, tables.shape[1] - 1), axis=1)
-    pages = jnp.where(live, pages, P)  # out of range: dropped
-    keys = keys.at[pages, :, :, positions % S].set(k.astype(keys.dtype), mode="drop")
-    values = values.at[pages, :, positions % S].set(v.astype(values.dtype), mode="drop")
-    return attend(q, keys, values, tables, positions, live), keys, values
+    q: Array, k: Array, v: Array, pages: Pages, tables: Array, positions: Array, live: Array
+) -> tuple[Array, Pages]:
+    P, _, share, _ = pages.values.shape
+    whole = share * jax.lax.axis_size("context")
+    first = share * jax.lax.axis_index("context")  # this device's positions of each page
+    held = jnp.take_along_axis(tables, jnp.minimum(positions // whole, tables.shape[1] - 1), axis=1)
+    at = positions % whole - first
+    here = live & (at >= 0) & (at < share)
+    held = jnp.where(here, held, P)  # out of range: dropped
+    new = {"keys": k, "values": v}
+    if pages.key_scales is not None:
+        for name in ("key", "value"):
+            new[f"{name}s"], new[f"{name}_scales"] = quantized.quantize(
+                new[f"{name}s"], "BTKH", "BTK", pages.keys.dtype
+            )
+    written = {
+        name: getattr(pages, name)
+        .at[(held, slice(None), *_place(getattr(_DIMS, name), at))]
+        .set(x.astype(getattr(pages, name).dtype), mode="drop")
+        for name, x in new.items()
+    }
+    pages = dataclasses.replace(pages, **written)
+    return attend(q, pages, tables, positions, live), pages
+
+
+def _place(dims: str, at: Array) -> tuple[Any, ...]:
+    """The index of positions within a page, for the dimensions after P and K."""
+    return tuple(at if letter == "p" else slice(None) for letter in dims[2:])

@@ -14,6 +14,7 @@ import numpy as np
 from jaxdistill.errors import UserError
 from jaxdistill.models import decoder
 from jaxdistill.models.config import Config
+from jaxdistill.models.quantized import MatmulDtype
 from jaxdistill.sample import cache as kv
 from jaxdistill.sample import programs, transfer
 from jaxdistill.sample.choose import Logprobs
@@ -21,6 +22,7 @@ from jaxdistill.sample.programs import Drawn, Piece
 from jaxdistill.sample.request import Event, Output, Request
 from jaxdistill.sample.schedule import Scheduler, Sequence, Shape
 
+_LONGEST_PIECE = 16_384  # tokens: what the layers do at a time, without cutting it in stretches
 _MEMORY_SHARE = 0.85  # of what a device has left beside the weights, for the cache
 
 
@@ -35,12 +37,18 @@ class EngineConfig:
     prefill_calls: int = 8  # such calls between two decode calls of `step`, so that prompts never stall who decodes
     steps_per_call: int = 16  # tokens decoded in one call
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of weights, cache and activations
+    weight_dtype: MatmulDtype = (
+        "compute"  # that the layers' matrices are stored in: 8 bits are half of bfloat16's bytes
+    )
+    cache_dtype: kv.CacheDtype = "compute"  # that keys and values are stored in
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, int) and value < 1:
                 raise UserError(f"{field.name} is {value}; expected 1 or more")
+        if self.prefill_tokens > _LONGEST_PIECE:
+            raise UserError(f"prefill_tokens is {self.prefill_tokens}; expected at most {_LONGEST_PIECE}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +84,11 @@ class Engine:
     ):
         mesh = dict(jax.sharding.get_mesh().shape)
         shards = mesh["data"] * mesh["fsdp"]
-        if mesh["context"] > 1:
-            raise UserError(f"sampling does not split positions: mesh.context is {mesh['context']}, expected 1")
+        if config.page_tokens % mesh["context"]:
+            raise UserError(
+                f"mesh.context {mesh['context']} does not split pages of {config.page_tokens} positions evenly; "
+                "set page_tokens to a multiple of it"
+            )
         if positions > model.max_positions:
             raise UserError(
                 f"{positions} positions were asked for, but the model was made for {model.max_positions}; "
@@ -86,24 +97,24 @@ class Engine:
         self.model, self.config, self.positions = model, config, positions
         self.stop_tokens = tuple(stop_tokens)
         self.dtype = jnp.dtype(config.compute_dtype)
-        self.params = programs.per_layer(params, model.layers, self.dtype)
+        self.params = programs.per_layer(params, model, self.dtype, config.weight_dtype)
         slots = -(-config.slots // shards) * shards
         self.shape = Shape(
             slots=slots,
             positions=positions,
             page_tokens=config.page_tokens,
-            pages=self._pages(slots, shards, mesh["tensor"]),
+            pages=self._pages(slots, shards, mesh["context"] * mesh["tensor"]),
             shards=shards,
         )
         self.schedule = Scheduler(self.shape)
-        self._cache = kv.empty(model, self.shape.pages * shards, config.page_tokens, self.dtype)
+        self._cache = kv.empty(model, self.shape.pages * shards, config.page_tokens, self.dtype, config.cache_dtype)
         self._state = transfer.put(transfer.slots(slots, {}, (), model.vocab, penalties=True))
         self._reading: dict[int, Sequence] = {}  # whose context each shard reads
         self._pending: collections.deque[_Call] = collections.deque()
         self._live: dict[str, Sequence] = {}
 
-    def _pages(self, slots: int, shards: int, tensor: int) -> int:
-        """Pages of the cache on each shard."""
+    def _pages(self, slots: int, shards: int, parts: int) -> int:
+        """Pages of the cache on each shard, which consists of so many devices."""
         size, request = self.config.page_tokens, -(-self.positions // self.config.page_tokens)
         if self.config.cache_tokens is not None:
             return self.config.cache_tokens // (size * shards)
@@ -113,7 +124,7 @@ class Engine:
             free = statistics["bytes_limit"] - statistics["bytes_in_use"]
         else:  # a CPU, whose devices share the memory
             free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") // jax.local_device_count()
-        page = kv.page_bytes(self.model, size, self.dtype) // tensor
+        page = kv.page_bytes(self.model, size, self.dtype, self.config.cache_dtype) // parts
         return min(wanted, max(request, int(_MEMORY_SHARE * free) // page))
 
     # --- what a caller does ------------------------------------------------------------------------------------------

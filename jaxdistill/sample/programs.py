@@ -9,10 +9,12 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxdistill import models, sharding
-from jaxdistill.models import decoder, embedding
+from jaxdistill import models, sharding, weights
+from jaxdistill.models import decoder, embedding, quantized
 from jaxdistill.models.config import Config
 from jaxdistill.models.layers import rms_norm, rope_angles
+from jaxdistill.models.quantized import MatmulDtype
+from jaxdistill.sample.attention import Pages
 from jaxdistill.sample.cache import Cache, write_and_attend
 from jaxdistill.sample.choose import Counts, Features, Logprobs, Parameters, Rows, choose, logprobs
 from jaxdistill.sample.request import TOP_LOGPROBS
@@ -54,15 +56,26 @@ class Drawn:
     logprobs: Logprobs | None
 
 
-def per_layer(params: decoder.Params, layers: int, dtype: Any) -> decoder.Params:
+def per_layer(params: decoder.Params, c: Config, dtype: Any, weight_dtype: MatmulDtype = "compute") -> decoder.Params:
     """The weights in compute dtype, with an array of its own for each layer.
 
     A step unrolls its layers: a slice of stacked weights would be copied, in each layer of each step.
+
+    Args:
+      weight_dtype: what the layers' matrices are stored in. All else stays in compute dtype: the embedding, the head,
+        norms and biases.
     """
-    split = jax.jit(lambda w: tuple(w[i].astype(dtype) for i in range(layers)))
-    leaves, structure = jax.tree.flatten(params.blocks)
-    parts = [split(leaf) for leaf in leaves]
-    blocks = tuple(jax.tree.unflatten(structure, [part[i] for part in parts]) for i in range(layers))
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def split(w: Array, declared: weights.Declared) -> tuple[Any, ...]:
+        parts = [w[i] for i in range(c.layers)]
+        if weight_dtype == "compute" or len(declared.hf_shape) < 2:
+            return tuple(part.astype(dtype) for part in parts)
+        return tuple(quantized.weight(part, declared, weight_dtype) for part in parts)
+
+    declared, structure = jax.tree.flatten(decoder.template(c).blocks, is_leaf=weights.is_declared)
+    parts = [split(*pair) for pair in zip(jax.tree.leaves(params.blocks), declared, strict=True)]
+    blocks = tuple(jax.tree.unflatten(structure, [part[i] for part in parts]) for i in range(c.layers))
     others = jax.tree.map(lambda w: w.astype(dtype), dataclasses.replace(params, blocks=None))
     return dataclasses.replace(others, blocks=blocks)
 
@@ -84,23 +97,25 @@ def forward(
       live: tokens that exist.
     """
     block = models.family(c.model_type).block
-    tokens, positions, live = (sharding.relayout(a, "BT") for a in (tokens, positions, live))
-    angles = rope_angles(positions, c.rope, c.head_dim)
-    x = embedding.lookup(params.embed, tokens, dtype)
-    keys, values = list(cache.k), list(cache.v)
-    for i, w in enumerate(params.blocks):
+    with sharding.whole_rows():
+        tokens, positions, live = (sharding.relayout(a, "BT") for a in (tokens, positions, live))
+        angles = rope_angles(positions, c.rope, c.head_dim)
+        x = embedding.lookup(params.embed, tokens, dtype)
+        layers = []
+        for w, pages in zip(params.blocks, cache, strict=True):
 
-        def attend(q: Array, k: Array, v: Array, i: int = i) -> tuple[Array, None]:
-            out, keys[i], values[i] = write_and_attend(q, k, v, keys[i], values[i], tables, positions, live)
-            return out, None
+            def attend(q: Array, k: Array, v: Array, pages: Pages = pages) -> tuple[Array, Pages]:
+                return write_and_attend(q, k, v, pages, tables, positions, live)
 
-        x, _ = block(x, w, angles, attend, c)
-    return rms_norm(x, params.final_norm, c.norm_eps), Cache(k=tuple(keys), v=tuple(values))
+            x, pages = block(x, w, angles, attend, c, quantized.stored_projection)
+            layers.append(pages)
+        return rms_norm(x, params.final_norm, c.norm_eps), tuple(layers)
 
 
 def _logits(params: decoder.Params, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
     """One row's vocabulary is gathered: to draw across shards would cost more."""
-    return jax.sharding.reshard(decoder.logits(params, x), jax.P(*spec("BT"), None))
+    with sharding.whole_rows():
+        return jax.sharding.reshard(decoder.logits(params, x), jax.P(*spec("BT"), None))
 
 
 def _draw(logits: Float[Array, "B V"], s: Slots, features: Features) -> Drawn:

@@ -21,6 +21,7 @@ class Limits:
     """What the server takes; what is more gets a 4xx."""
 
     body_bytes: int = 8 << 20  # of one request
+    headers_s: float = 30.0  # seconds for a request's headers to arrive
     body_s: float = 30.0  # seconds for a request's body to arrive
     requests: int = 1024  # calls at once, the reading of their bodies included; more get a 429
     queue: int = 512  # samples that wait for a slot; calls that need more get a 429

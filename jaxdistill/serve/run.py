@@ -17,6 +17,7 @@ from jaxdistill.errors import RunError, UserError
 from jaxdistill.sample.engine import Engine, EngineConfig
 from jaxdistill.sample.request import Request, SamplingConfig
 from jaxdistill.sample.run import load_engine
+from jaxdistill.serve import connection
 from jaxdistill.serve.app import Server
 from jaxdistill.serve.gate import Limits
 from jaxdistill.serve.worker import Worker
@@ -105,6 +106,7 @@ def serve(server: Server, listener: socket.socket, drain_s: int) -> None:
     """
     config = uvicorn.Config(
         server.app,
+        http=connection.limited(server.limits.headers_s),
         log_level="warning",
         access_log=False,
         lifespan="on",

@@ -38,10 +38,12 @@ HEADERS = {"content-type": "application/json", "authorization": f"Bearer {KEY}"}
 
 
 @contextlib.contextmanager
-def serving(model: Path, errors: Path, *words: str, queue: int = QUEUE) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+def serving(
+    model: Path, errors: Path, *words: str, queue: int = QUEUE, positions: int = POSITIONS
+) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """A server's base URL and its process, which is killed at the end if it still runs."""
     command = [sys.executable, "-m", "jaxdistill", "serve", "--model", str(model), "--port", "0", "--name", "tiny"]
-    options = ["--positions", POSITIONS, "--engine.slots", SLOTS, "--engine.compute-dtype", "float32"]
+    options = ["--positions", positions, "--engine.slots", SLOTS, "--engine.compute-dtype", "float32"]
     options += ["--engine.steps-per-call", 4, "--engine.page-tokens", 32, "--limits.queue", queue]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "SERVE_KEY": KEY}
     with errors.open("w") as file:
@@ -70,7 +72,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def url(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    words = ("--limits.body-bytes", "100000", "--limits.body-s", "2")
+    words = ("--limits.body-bytes", "100000", "--limits.body-s", "2", "--limits.headers-s", "4")
     with serving(model, tmp_path_factory.mktemp("serve") / "errors", *words) as (url, _):
         yield url
 
@@ -362,6 +364,24 @@ def test_a_body_that_does_not_come_is_not_waited_for(url: str):
         lines = [f"{name}: {value}\r\n" for name, value in {**HEADERS, "host": "x", "content-length": "100"}.items()]
         slow.sendall(f"POST /v1/completions HTTP/1.1\r\n{''.join(lines)}\r\n{{".encode())
         assert slow.recv(1000).startswith(b"HTTP/1.1 408 ")
+
+
+def test_headers_that_do_not_come_are_not_waited_for(url: str):
+    """Not those of a connection's first request, and not of one that follows an answer."""
+    address = urllib.parse.urlsplit(url)
+    whole, part = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n", b"GET /health HTTP/1.1\r\nho"
+    assert address.hostname
+    assert address.port
+    for before in ((), (whole,)):
+        with socket.create_connection((address.hostname, address.port), timeout=60) as slow:
+            for request in before:
+                slow.sendall(request)
+                answer = b""
+                while not answer.endswith(b"}"):
+                    answer += slow.recv(10_000)
+            slow.sendall(part)
+            assert slow.recv(1000).startswith(b"HTTP/1.1 408 ")
+            assert slow.recv(1000) == b""
 
 
 # --- load, and clients that leave ------------------------------------------------------------------------------------

@@ -294,7 +294,7 @@ def test_cached_logits_equal_the_packed_forward():
     for row, n in enumerate(lengths):
         tokens[row, :n] = prompt(n)
     with tiny.mesh():
-        params = programs.per_layer(tiny.put(VALUES, C), C.layers, jnp.float32)
+        params = programs.per_layer(tiny.put(VALUES, C), C, jnp.float32)
         positions = np.broadcast_to(np.arange(48), (2, 48))
 
         @jax.jit
@@ -314,8 +314,8 @@ def test_cached_logits_equal_the_packed_forward():
     found = np.concatenate(found, axis=1)
     for row, n in enumerate(lengths):
         assert tiny.largest_relative_difference(found[row, :n], expected[row, :n]) < 1e-5
-    for keys, values in zip(cache.k, cache.v, strict=True):
-        for kept in (np.asarray(keys), np.moveaxis(np.asarray(values), -1, -2)):  # both with positions last
+    for pages in cache:
+        for kept in (np.asarray(pages.keys), np.moveaxis(np.asarray(pages.values), -1, -2)):  # both with positions last
             assert (kept[[0, 2]] == 7.0).all(), "pages that hold nothing yet, or are nobody's"
             assert (kept[1, ..., 45 - PAGE :] == 7.0).all(), "positions that are not live"
             assert (kept[4, ..., 29:] == 7.0).all()
@@ -342,10 +342,51 @@ def test_greedy_tokens_are_the_most_likely_ones(greedy_tokens: dict[str, Output]
         assert greedy_tokens[request.id].tokens == tuple(best.tolist())
 
 
-@pytest.mark.parametrize("sizes", [{"tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [{"tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}, {"context": 4}, {"fsdp": 2, "context": 2, "tensor": 2}],
+    ids=str,
+)
 def test_greedy_tokens_are_the_same_on_every_mesh(sizes: dict[str, int], greedy_tokens: dict[str, Output]):
     with tiny.mesh(**sizes):
         assert run(build(), requests(GREEDY)) == greedy_tokens
+
+
+@pytest.mark.parametrize(
+    ("changes", "largest"),
+    [
+        ({"weight_dtype": "int8"}, 0.05),
+        ({"weight_dtype": "float8"}, 0.2),
+        ({"cache_dtype": "int8"}, 0.05),
+        ({"cache_dtype": "float8"}, 0.2),
+    ],
+    ids=str,
+)
+def test_eight_bits_cost_little_and_no_request_notices_the_others(
+    changes: dict[str, Any], largest: float, engine: Engine
+):
+    """Mean difference of log-probabilities; float8 has 3 bits for a number's digits, int8 has 7."""
+    asked = [dataclasses.replace(r, sampling=GREEDY, prompt_logprobs=True) for r in REQUESTS[2:8]]
+    exact = run(engine, asked)
+    with tiny.mesh():
+        small = build(**changes)
+        found = run(small, asked)
+        assert run(small, asked[:1]) == {asked[0].id: found[asked[0].id]}
+    off = [
+        abs(one.logprob - other.logprob)
+        for name, output in found.items()
+        for one, other in zip(output.prompt_logprobs, exact[name].prompt_logprobs, strict=True)
+    ]
+    assert largest / 20 < np.mean(off) < largest
+
+
+def test_eight_bits_on_a_mesh():
+    """All that is split: weights over fsdp, context and tensor, pages over context, and the scales with them."""
+    changes: dict[str, Any] = {"weight_dtype": "int8", "cache_dtype": "int8"}
+    with tiny.mesh():
+        expected = run(build(**changes), requests(GREEDY))
+    with tiny.mesh(fsdp=2, context=2, tensor=2):
+        assert run(build(**changes), requests(GREEDY)) == expected
 
 
 def test_stop_tokens(greedy_tokens: dict[str, Output]):
@@ -405,8 +446,8 @@ def test_requests_that_are_refused(engine: Engine, request_: Request, message: s
 
 
 def test_engines_that_cannot_be():
-    with tiny.mesh(context=2), pytest.raises(UserError, match=r"mesh.context is 2, expected 1"):
-        build()
+    with tiny.mesh(context=2), pytest.raises(UserError, match=r"mesh.context 2 does not split pages of 33 positions"):
+        build(page_tokens=33)
     with tiny.mesh(), pytest.raises(UserError, match=r"2 pages of 32 positions on each device; expected at least 3"):
         build(cache_tokens=2 * PAGE)
     with tiny.mesh(), pytest.raises(UserError, match=r"300 positions .* made for 256"):
