@@ -16,6 +16,7 @@ from jaxdistill import chips, weights
 from jaxdistill.errors import UserError
 from jaxdistill.models.layers import PROJECTION_NAME, Projection, matmul, projection
 from jaxdistill.sharding import einsum, gather, spec
+from jaxdistill.weights import Weight
 
 MatmulDtype = Literal["compute", "float8", "int8"]
 
@@ -125,8 +126,8 @@ def quantize(x: Array, dims: str, out_dims: str, dtype: Any) -> tuple[Array, Flo
 class Stored:
     """A matrix that is kept in 8 bits, and multiplied in what it is multiplied with; for sampling."""
 
-    values: Array  # in storage layout
-    scale: Float[Array, "..."]  # shaped to be multiplied with the product
+    values: Weight  # in storage layout
+    scale: Weight  # float32, shaped to be multiplied with the product
 
 
 def weight(w: Array, declared: weights.Declared, dtype: MatmulDtype) -> Stored:
@@ -148,7 +149,7 @@ def stored_projection(equation: str, x: Array, w: Array | Stored) -> Array:
         return matmul(equation, x, w)
     dims = equation.split("->")[0].split(",")[1]
     values = gather(w.values, dims, w.values.dtype).astype(x.dtype)
-    return (einsum(equation, x, values, preferred_element_type=jnp.float32) * w.scale).astype(x.dtype)
+    return (einsum(equation, x, values) * w.scale).astype(x.dtype)
 
 
 def _gathered(matmul_dtype: str, w: Array, dims: str, out_dims: str) -> tuple[Array, Float[Array, "..."]]:

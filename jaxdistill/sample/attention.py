@@ -20,10 +20,18 @@ class Pages:
     In 8 bits each position and head has a scale, which keys and values are to be multiplied with.
     """
 
-    keys: Stored  # [P, K, H, p]
+    keys: Stored  # [P, K, H, p] or [P, K, p, H], as `key_dims` says
     values: Stored  # [P, K, p, H]
     key_scales: Stored | None = None  # [P, K, p] float32
     value_scales: Stored | None = None
+
+
+def key_dims() -> str:
+    """How keys are laid out. The product with queries reads positions last faster on a CPU.
+
+    TPUs' compiler would write into keys of that layout only after it copied all of them, in each call.
+    """
+    return "PKHp" if _on_cpu() else "PKpH"
 
 
 def attend(
@@ -55,15 +63,19 @@ def attend(
 
 def _group_size(rows: int, page_bytes: int) -> int:
     """Rows to attend at a time: all on an accelerator; on a CPU as many as its caches hold a page of the keys of."""
-    device: Any = jax.sharding.get_abstract_mesh().abstract_device
-    if device.platform != "cpu":
+    if not _on_cpu():
         return rows
     return max((n for n in range(1, rows + 1) if rows % n == 0 and n * page_bytes <= _GROUP_BYTES), default=1)
 
 
+def _on_cpu() -> bool:
+    device: Any = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform == "cpu"
+
+
 def _attend_together(q_BKXH: Array, pages: Pages, tables: Array, positions: Array, live: Array) -> Array:
     """Attention [B, K, X, H] of B rows, up to the longest of them."""
-    (_, _, X, H), p, dtype = q_BKXH.shape, pages.keys.shape[-1], q_BKXH.dtype
+    (_, _, X, H), p, dtype = q_BKXH.shape, pages.values.shape[-2], q_BKXH.dtype
     devices, device = jax.lax.axis_size("context"), jax.lax.axis_index("context")
     # The last key that each of X = G T queries sees
     last_X = jnp.tile(positions, (1, X // positions.shape[1]))[:, None, :, None]
@@ -74,7 +86,8 @@ def _attend_together(q_BKXH: Array, pages: Pages, tables: Array, positions: Arra
         top, total, sums = carry
         at = jax.lax.dynamic_index_in_dim(tables, i, axis=1, keepdims=False)
         held = jax.tree.map(lambda a: a[at], pages)
-        scores = jnp.einsum("BKXH,BKHp->BKXp", q_BKXH, held.keys.astype(dtype), preferred_element_type=jnp.float32)
+        keys, with_keys = held.keys.astype(dtype), f"BKXH,B{key_dims()[1:]}->BKXp"
+        scores = jnp.einsum(with_keys, q_BKXH, keys, preferred_element_type=jnp.float32)
         if held.key_scales is not None:
             scores *= held.key_scales[:, :, None, :]
         visible = (i * devices + device) * p + jnp.arange(p) <= last_X

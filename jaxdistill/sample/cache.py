@@ -1,6 +1,5 @@
 """The key-value cache: pages of fixed size that lie anywhere, written in place; a table says which belong to whom."""
 
-import dataclasses
 from typing import Any, Literal
 
 import jax
@@ -9,16 +8,20 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxdistill.models import quantized
 from jaxdistill.models.config import Config
-from jaxdistill.sample.attention import Pages, attend
+from jaxdistill.sample.attention import Pages, attend, key_dims
 from jaxdistill.sharding import spec
 
 CacheDtype = Literal["compute", "float8", "int8"]
 
-# A page's positions are split over the context axis: each device there holds its share of every page
-_DIMS = Pages(keys="PKHp", values="PKpH", key_scales="PKp", value_scales="PKp")
 _SCALE = jnp.float32  # of a position's keys, or values, in 8 bits
 
 Cache = tuple[Pages, ...]  # a layer each: one array of all layers would be sliced, and so copied, in every step
+
+
+def _dims(in_8_bits: bool) -> Pages:
+    """Letters of one layer's arrays; p, a page's positions, is split: each device along context has some of each."""
+    scales = "PKp" if in_8_bits else None
+    return Pages(keys=key_dims(), values="PKpH", key_scales=scales, value_scales=scales)
 
 
 def empty(c: Config, pages: int, page_tokens: int, dtype: Any, cache_dtype: CacheDtype = "compute") -> Cache:
@@ -35,8 +38,7 @@ def empty(c: Config, pages: int, page_tokens: int, dtype: Any, cache_dtype: Cach
         stored = _SCALE if "H" not in dims else quantized.STORED.get(cache_dtype, dtype)
         return jax.jit(lambda: jnp.zeros([sizes[d] for d in dims], stored, out_sharding=spec(dims)))()
 
-    kept = _DIMS if cache_dtype != "compute" else Pages(_DIMS.keys, _DIMS.values)
-    return tuple(jax.tree.map(zeros, kept) for _ in range(c.layers))
+    return tuple(jax.tree.map(zeros, _dims(cache_dtype != "compute")) for _ in range(c.layers))
 
 
 def page_bytes(c: Config, page_tokens: int, dtype: Any, cache_dtype: CacheDtype = "compute") -> int:
@@ -63,7 +65,7 @@ def write_and_attend(
       live: positions that exist; others are neither stored nor do they lengthen the loop over keys.
     """
     heads = spec("BTNH")
-    stored = jax.tree.map(spec, _DIMS if pages.key_scales is not None else Pages(_DIMS.keys, _DIMS.values))
+    stored = jax.tree.map(spec, _dims(pages.key_scales is not None))
     return jax.shard_map(
         _local,
         in_specs=(heads, heads, heads, stored, spec("B"), spec("BT"), spec("BT")),
@@ -82,19 +84,16 @@ def _local(
     at = positions % whole - first
     here = live & (at >= 0) & (at < share)
     held = jnp.where(here, held, P)  # out of range: dropped
-    new = {"keys": k, "values": v}
-    if pages.key_scales is not None:
-        for name in ("key", "value"):
-            new[f"{name}s"], new[f"{name}_scales"] = quantized.quantize(
-                new[f"{name}s"], "BTKH", "BTK", pages.keys.dtype
-            )
-    written = {
-        name: getattr(pages, name)
-        .at[(held, slice(None), *_place(getattr(_DIMS, name), at))]
-        .set(x.astype(getattr(pages, name).dtype), mode="drop")
-        for name, x in new.items()
-    }
-    pages = dataclasses.replace(pages, **written)
+    if pages.key_scales is None:
+        new = Pages(keys=k, values=v)
+    else:
+        of_k, of_v = (quantized.quantize(x, "BTKH", "BTK", pages.keys.dtype) for x in (k, v))
+        new = Pages(keys=of_k[0], values=of_v[0], key_scales=of_k[1], value_scales=of_v[1])
+
+    def write(dims: str, kept: Array, x: Array) -> Array:
+        return kept.at[(held, slice(None), *_place(dims, at))].set(x.astype(kept.dtype), mode="drop")
+
+    pages = jax.tree.map(write, _dims(pages.key_scales is not None), pages, new)
     return attend(q, pages, tables, positions, live), pages
 
 
