@@ -1,5 +1,6 @@
 """The key-value cache: pages of fixed size that lie anywhere, written in place; a table says which belong to whom."""
 
+import functools
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxdistill.models.config import Config
-from jaxdistill.sample.attention import attend
+from jaxdistill.sample.attention import ALL, Seeing, attend
 from jaxdistill.sharding import spec
 
 _KEY_DIMS, _VALUE_DIMS = "PKHS", "PKSH"
@@ -54,6 +55,7 @@ def write_and_attend(
     tables: Int[Array, "B M"],
     positions: Int[Array, "B T"],
     live: Bool[Array, "B T"],
+    how: Seeing = ALL,
 ) -> tuple[Float[Array, "B T N H"], Array, Array]:
     """Stores new keys and values, then attends to everything each row holds up to the query's position.
 
@@ -65,7 +67,7 @@ def write_and_attend(
     heads = spec("BTNH")
     stored = spec(_KEY_DIMS), spec(_VALUE_DIMS)
     return jax.shard_map(
-        _local,
+        functools.partial(_local, how=how),
         in_specs=(heads, heads, heads, *stored, spec("B"), spec("BT"), spec("BT")),
         out_specs=(heads, *stored),
         check_vma=False,  # each device runs its loop over keys to its own end
@@ -73,11 +75,11 @@ def write_and_attend(
 
 
 def _local(
-    q: Array, k: Array, v: Array, keys: Array, values: Array, tables: Array, positions: Array, live: Array
+    q: Array, k: Array, v: Array, keys: Array, values: Array, tables: Array, positions: Array, live: Array, how: Seeing
 ) -> tuple[Array, Array, Array]:
     P, _, S, _ = values.shape
     pages = jnp.take_along_axis(tables, jnp.minimum(positions // S, tables.shape[1] - 1), axis=1)
     pages = jnp.where(live, pages, P)  # out of range: dropped
     keys = keys.at[pages, :, :, positions % S].set(k.astype(keys.dtype), mode="drop")
     values = values.at[pages, :, positions % S].set(v.astype(values.dtype), mode="drop")
-    return attend(q, keys, values, tables, positions, live), keys, values
+    return attend(q, keys, values, tables, positions, live, how), keys, values
