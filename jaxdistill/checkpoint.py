@@ -19,7 +19,9 @@ from jaxdistill.models.config import Config
 from jaxdistill.models.context import ContextExtension
 
 _FOLDER = "checkpoints"
+RESULT = "params"  # the state's field that holds the weights, where a checkpoint names no other
 _BASE = "base"  # config and tokenizer of the model trained from, so that a checkpoint stands by itself
+_CHUNK_BYTES = 2**28  # of an array, which are read and written as one
 
 
 class Checkpoints:
@@ -51,7 +53,8 @@ class Checkpoints:
             self._write(step, state, input_position)
 
     def _write(self, step: int, state: Any, input_position: dict[str, Any]) -> None:
-        items = ocp.args.Composite(state=ocp.args.StandardSave(state), input=ocp.args.JsonSave(input_position))
+        saved = ocp.args.StandardSave(state, save_args(state))
+        items = ocp.args.Composite(state=saved, input=ocp.args.JsonSave(input_position))
         self._manager.save(step, args=items)
 
     def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
@@ -65,6 +68,17 @@ class Checkpoints:
         with _full_disk_named(self._folder):
             self._manager.wait_until_finished()
             self._manager.close()
+
+
+def save_args(state: Any) -> Any:
+    """How Orbax is to cut a state's arrays: weights that are stacked layer by layer, so that one layer can be read."""
+
+    def one(x: Any) -> ocp.SaveArgs:
+        if x.ndim < 2:
+            return ocp.SaveArgs()
+        return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if x.ndim > 2 else ())
+
+    return jax.tree.map(one, state)
 
 
 @contextlib.contextmanager
@@ -129,6 +143,24 @@ def fingerprint(model: Path, step: int | None = None) -> str:
     return prefix + manifest.weights_fingerprint(base / "config.json", folder, files)
 
 
+def steps_folder(phase: Path) -> Path:
+    """Where a phase's checkpoints lie, a folder a step."""
+    return (phase / _FOLDER).absolute()
+
+
+def locate(model: Path, step: int | None = None) -> tuple[Path, str] | None:
+    """The folder of a checkpoint's arrays, and what of them is the weights; None for a Hugging Face folder.
+
+    Raises:
+      UserError: the phase has no such checkpoint.
+    """
+    if not (model / _FOLDER).is_dir():
+        return None
+    with ocp.CheckpointManager((model / _FOLDER).absolute()) as manager:
+        step = _whole_step(manager, model, step)
+        return model / _FOLDER / str(step) / "state", _read_input(manager, step).get("result", RESULT)
+
+
 def _whole_step(manager: ocp.CheckpointManager, model: Path, step: int | None) -> int:
     steps = manager.all_steps()
     step = max(steps, default=None) if step is None else step
@@ -154,7 +186,7 @@ def load_model(model: Path, step: int | None = None, dtype: Any = np.float32) ->
     with ocp.CheckpointManager((model / _FOLDER).absolute()) as manager:
         step = _whole_step(manager, model, step)
         sharding.check_divisible(config.sizes(), dict(jax.sharding.get_mesh().shape))
-        result = _read_input(manager, step).get("result", "params")  # the state's field: the weights or their average
+        result = _read_input(manager, step).get("result", RESULT)  # the state's field: the weights or their average
         wanted = {result: weights.abstract(decoder.template(config), dtype)}
         layouts = ocp.checkpoint_utils.construct_restore_args(wanted)
         items = ocp.args.Composite(state=ocp.args.PyTreeRestore(wanted, restore_args=layouts, partial_restore=True))

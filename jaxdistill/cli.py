@@ -59,6 +59,9 @@ COMMANDS = {
     "chat": Command("jaxdistill.sample.chat", "ChatConfig", "talk to a model in this terminal", writes=False),
     "serve": Command("jaxdistill.serve.run", "ServeConfig", "a model behind OpenAI's API", writes=False),
     "evaluate": Command("jaxdistill.evaluate.run", "EvaluateConfig", "model + task -> scores with intervals"),
+    "import": Command(
+        "jaxdistill.import_model", "ImportConfig", "Hugging Face folder -> checkpoint, tensor by tensor", False
+    ),
     "export": Command("jaxdistill.export", "ExportConfig", "checkpoint -> verified Hugging Face folder"),
     "doctor": Command(
         "jaxdistill.doctor", "DoctorConfig", "what works on this machine, or at --teacher's API", writes=False

@@ -5,22 +5,18 @@ import json
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import jinja2
-import numpy as np
-from jaxtyping import Array
 from rich.console import Console
 
-from jaxdistill import hf, manifest, sharding
-from jaxdistill.checkpoint import base_of, fingerprint, load_model
+from jaxdistill import hf, manifest
+from jaxdistill.checkpoint import base_of, fingerprint
+from jaxdistill.checkpoint_tensors import open_model
 from jaxdistill.data import chat
-from jaxdistill.errors import RunError, UserError
-from jaxdistill.models import decoder
-from jaxdistill.models.config import Config
+from jaxdistill.errors import UserError
+from jaxdistill.export_check import check
 from jaxdistill.sharding import MeshConfig
 
 _CARD = Path(__file__).with_name("model_card.md.jinja")
-_LOGIT_LIMIT = 1e-4  # of the largest logit, where the export does not round; rounding has its own error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,13 +27,16 @@ class ExportConfig:
     model: Path  # a phase folder of a training run, or a Hugging Face folder
     step: int | None = None  # checkpoint of the phase; the newest by default
     dtype: str | None = None  # of the tensors, "float32" or "bfloat16"; by default as in the model trained from
-    verify: bool = True  # reload it and compare; needs memory for a second copy of the weights
-    verify_tokens: int = 256  # positions of the logits check
+    verify: bool = True  # reload it and compare: every tensor, logits, and greedy text where the model fits in memory
+    verify_tokens: int = 256  # of the logits check, spread over its positions
+    verify_positions: int = 8192  # of the logits check, or as many as the model has
     mesh: MeshConfig = MeshConfig()
 
 
 def main(config: ExportConfig) -> float | None:
     """Exports and verifies; returns the largest logit difference over the largest logit, None if it was not looked at.
+
+    The weights go from file to file, a tensor at a time; what is held of them is the file that is being written.
 
     Raises:
       UserError: the target would overwrite its own source, or a folder that is no export.
@@ -49,22 +48,23 @@ def main(config: ExportConfig) -> float | None:
     _check_target(folder)
     facts = {"settings": dataclasses.asdict(config), "model": fingerprint(model, config.step)}
     inputs = [base_of(model) / "config.json"]
-    with jax.set_mesh(config.mesh.build()):
-        params, c = load_model(model, config.step)
+    with jax.set_mesh(config.mesh.build()), open_model(model, config.step) as (tensors, c):
         # Before the first file: an export that is cut off may be repeated, and is not taken for a verified one
         manifest.write_manifest(folder, "export", inputs, {}, verified=False, **facts)
-        hf.save(folder, params, hf.read_config(base_of(model))[1], config.dtype)
+        hf.write(folder, tensors, hf.read_config(base_of(model))[1], config.dtype)
         hf.copy_companions(base_of(model), folder)
         hf.write_end_tokens(folder, chat.end_tokens(chat.load_tokenizer(folder), folder))
-        error = verify(folder, params, c, config.verify_tokens) if config.verify else None
-    found = "not verified" if error is None else f"reloaded: tensors equal, logits within {error:.1e} of the largest"
+        seen = None
+        if config.verify:
+            seen = check(folder, model, config.step, tensors, c, config.verify_tokens, config.verify_positions)
+    found = "not verified" if seen is None else str(seen)
     card = model_card(folder.resolve().name, model, facts["model"], found)
     (folder / "README.md").write_text(card, encoding="utf-8")
     files = [p for p in folder.iterdir() if p.name != "manifest.json"]
-    seen = {"verified": error is not None, "logit_error": error}
-    manifest.write_manifest(folder, "export", inputs, {"files": len(files)}, **seen, **facts)
+    outcome = {"verified": seen is not None, "logit_error": seen.logit_error if seen else None, "check": found}
+    manifest.write_manifest(folder, "export", inputs, {"files": len(files)}, **outcome, **facts)
     Console(stderr=True, markup=False).print(f"exported {model} to {folder}; {found}")
-    return error
+    return seen.logit_error if seen else None
 
 
 def model_card(name: str, model: Path, weights: str, found: str) -> str:
@@ -98,51 +98,3 @@ def _check_target(folder: Path) -> None:
         raise UserError(
             f"workdir {folder} holds files that no export wrote; name a new folder, or remove what is there"
         )
-
-
-def verify(folder: Path, params: decoder.Params, c: Config, tokens: int) -> float:
-    """Reloads an export and compares it with the model that was exported, its architecture included.
-
-    Returns:
-      The largest difference of logits over the largest logit, against the weights before they were rounded to the
-      export's dtype.
-
-    Raises:
-      RunError: a tensor is not the trained one, rounded once; or the architecture or the logits of the export are
-        others, as they are where a reader of config.json loses a RoPE setting.
-    """
-    reloaded, found = hf.load(folder)
-    _, written = hf.read_config(folder)
-    dtype = jnp.dtype(written["dtype"])
-    same = jax.tree.map(lambda a, b: bool(jnp.array_equal(a.astype(dtype).astype(b.dtype), b)), params, reloaded)
-    wrong = [jax.tree_util.keystr(path) for path, equal in jax.tree_util.tree_leaves_with_path(same) if not equal]
-    if wrong:
-        raise RunError(f"{folder}: these weights differ from the checkpoint: {', '.join(wrong)}; do not use the export")
-    if found != c:
-        fields = [f.name for f in dataclasses.fields(c) if getattr(c, f.name) != getattr(found, f.name)]
-        raise RunError(f"{folder}: config.json says another {', '.join(fields)} than the model; do not use the export")
-    generator = np.random.default_rng(0)
-    mesh = dict(jax.sharding.get_mesh().shape)
-    chunks = 2 * mesh["context"]
-    shape = (mesh["data"] * mesh["fsdp"], -(-min(tokens, c.max_positions) // chunks) * chunks)
-    ids = generator.integers(0, c.vocab, shape).astype(np.int32)
-    before, after = logits(params, ids, c), logits(reloaded, ids, found)
-    error = float(np.abs(before - after).max() / np.abs(before).max())
-    if not error <= (_LOGIT_LIMIT if dtype == jnp.float32 else 1.0):  # not >: a NaN must not pass
-        raise RunError(f"{folder}: its logits differ by {error:.1e} of the largest; do not use the export")
-    return error
-
-
-def logits(params: decoder.Params, ids: np.ndarray, c: Config) -> np.ndarray:
-    """Float32 logits [B, T, V], on the host, of plain rows [B, T] of one document each."""
-
-    @jax.jit
-    def run(params: decoder.Params, ids: Array, positions: Array) -> Array:
-        x = decoder.hidden(params, ids, positions, jnp.ones_like(ids), c, jnp.float32, "none")
-        return sharding.replicate(decoder.logits(params, x))
-
-    order = sharding.row_order(ids.shape[1], jax.sharding.get_mesh().shape["context"])
-    rows = [sharding.put(x.astype(np.int32), "BT") for x in (ids[:, order], np.broadcast_to(order, ids.shape))]
-    with jax.default_matmul_precision("highest"):
-        found = np.asarray(run(params, *rows))
-    return found[:, np.argsort(order)]

@@ -123,7 +123,7 @@ def loss_sum(
     """Weighted negative log-likelihood of packed rows [B, T], summed over tokens."""
     rows = batch.tokens, batch.positions, batch.segments
     x = decoder.hidden(params, *rows, c, dtype, remat, noise, attention, projection_in(matmul_dtype))
-    return cross_entropy_sum(x, decoder.head(params), batch.targets, batch.weights)
+    return cross_entropy_sum(x, decoder.head(params), batch.targets, batch.weights, c.logit_cap)
 
 
 def neftune_noise(key: PRNGKeyArray, lengths: Int[Array, "B T"], alpha: float, c: Config, dtype: Any) -> Any:

@@ -11,22 +11,31 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from jaxdistill import sharding
-from jaxdistill.models.attention import REFERENCE, Attention
+from jaxdistill.models.attention import PLAIN, REFERENCE, Attention, Scores
 from jaxdistill.models.attention.packed import packed_attention
 
 Attend = Callable[[Array, Array, Array, Array], Array]
 PADDING = 0  # the segment id of positions that hold no document
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames=("scores", "window"))
 def plain(
-    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], segments: Int[Array, "B T"]
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    segments: Int[Array, "B T"],
+    scores: Scores = PLAIN,
+    window: int | None = None,
 ) -> Float[Array, "B T N H"]:
-    """All scores at once; a query sees the keys of its own document up to itself."""
+    """All scores at once; a query sees the keys of its own document up to itself, or the last of them."""
     q = rearrange(q, "B T (K G) H -> B T K G H", K=k.shape[2])
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k) / q.shape[-1] ** 0.5
+    products = jnp.einsum("BTKGH,BSKH->BKGTS", q, k) * scores.scale_of(q.shape[-1])
+    if scores.cap is not None:
+        products = scores.cap * jnp.tanh(products / scores.cap)
     mask = jnp.tril(segments[:, :, None] == segments[:, None])[:, None, None]
-    out = jnp.einsum("BKGTS,BSKH->BTKGH", jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1), v)
+    if window is not None:
+        mask &= ~jnp.tril(jnp.ones_like(mask), -window)
+    out = jnp.einsum("BKGTS,BSKH->BTKGH", jax.nn.softmax(jnp.where(mask, products, -jnp.inf), axis=-1), v)
     return rearrange(out, "B T K G H -> B T (K G) H")
 
 
@@ -52,6 +61,8 @@ def check(
     H: int,
     attention: Attention = REFERENCE,
     sizes: dict[str, int] | None = None,
+    scores: Scores = PLAIN,
+    window: int | None = None,
 ) -> None:
     """Outputs and gradients of the documents' positions equal the plain formula's; padding stays finite."""
     q, k, v, d_out = draw(len(rows), T, N, K, H)
@@ -70,12 +81,16 @@ def check(
 
     # In float64: what is compared is then the backend's rounding alone, not the order of the reference's sums
     with jax.enable_x64(True):
-        expected = run(plain, *(jnp.asarray(x, jnp.int32 if x is ids else jnp.float64) for x in (q, k, v, ids, d_out)))
+        expected = run(
+            functools.partial(plain, scores=scores, window=window),
+            *(jnp.asarray(x, jnp.int32 if x is ids else jnp.float64) for x in (q, k, v, ids, d_out)),
+        )
     with tiny.mesh(**(sizes or {})) as mesh:
         order = sharding.row_order(T, mesh.shape["context"])
         letters = ("BTNH", "BTKH", "BTKH", "BT", "BTNH")
         placed = [sharding.put(x[:, order], names) for x, names in zip((q, k, v, ids, d_out), letters, strict=True)]
-        found = run(functools.partial(packed_attention, attention=attention), *placed)
+        attend = functools.partial(packed_attention, attention=attention, scores=scores, window=window)
+        found = run(attend, *placed)
     found = [x[:, np.argsort(order)] for x in found]
     assert np.isfinite(found[0]).all(), "padding too must stay finite"
     documents = ids != PADDING

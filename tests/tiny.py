@@ -58,10 +58,27 @@ ROPES: dict[str, dict[str, Any]] = {
 }
 
 
+# What makes a family what it is, in sizes at which 200 positions feel it
+_WINDOWED = {"sliding_window": 48, "layer_types": ["sliding_attention", "full_attention"]}
+_GEMMA = {**_WINDOWED, "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 24}
+OF_FAMILY: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": 48},
+    "phi3": {"sliding_window": 48},
+    "gemma2": {**_GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    "gemma3_text": _GEMMA,
+}
+
+
 def hf_config(model_type: str, tied: bool = False, rope: str = "default", **changes: Any) -> dict[str, Any]:
     """A config.json, in transformers 5's schema."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    ropes: dict[str, Any] = dict(ROPES[rope])  # transformers may add to it
+    if model_type == "gemma3_text":
+        ropes = {"full_attention": ropes, "sliding_attention": {"rope_type": "default", "rope_theta": 300.0}}
+    own = OF_FAMILY.get(model_type, {})
+    if "layer_types" in own:
+        own = {**own, "layer_types": [own["layer_types"][i % 2] for i in range(changes.get("num_hidden_layers", 2))]}
     return {
         "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]],
         "model_type": model_type,
@@ -76,11 +93,12 @@ def hf_config(model_type: str, tied: bool = False, rope: str = "default", **chan
         "rms_norm_eps": 1e-5,
         "tie_word_embeddings": tied,
         "max_position_embeddings": 256,
-        "rope_parameters": ROPES[rope],
+        "rope_parameters": ropes,
         "dtype": "float32",
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 2,
+        **own,
         **changes,
     }
 
@@ -211,7 +229,9 @@ def write_folder(folder: Path, hf: dict[str, Any], params: decoder.Params, c: Co
         stacked = w.dims.startswith("L")
         for i, layer in enumerate(value if stacked else value[None]):
             host = rearrange(layer, f"{w.layer_dims} -> {w.hf_dims}")
-            tensors[w.hf_name.format(i) if stacked else w.hf_name] = np.ascontiguousarray(host)
+            name = w.hf_name.format(i) if stacked else w.hf_name
+            beside = [tensors[name]] if name in tensors else []  # Phi-3's, one after another
+            tensors[name] = np.ascontiguousarray(np.concatenate([*beside, host]))
     safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(hf))
     if with_tokenizer:

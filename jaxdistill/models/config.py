@@ -5,6 +5,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import numpy as np
+
 from jaxdistill.errors import UserError
 
 
@@ -13,7 +15,7 @@ class Rope:
     """Rotary position embedding; field names follow transformers' `rope_parameters`."""
 
     theta: float
-    kind: Literal["default", "llama3", "yarn"] = "default"
+    kind: Literal["default", "linear", "llama3", "yarn"] = "default"
     factor: float = 1.0  # context extension, new positions over old
     original_positions: int = 0  # positions before the extension
     low_freq_factor: float = 1.0  # llama3
@@ -40,6 +42,18 @@ class Config:
     rope: Rope
     tied: bool  # the embedding is the head too
     max_positions: int  # the longest document the model was made for
+    windowed: tuple[bool, ...] = ()  # of each layer, whether its queries see `window` keys at most; empty: none
+    window: int = 0  # keys, a query's own the last of them
+    local_rope: Rope | None = None  # of windowed layers, where it is another
+    score_scale: float | None = None  # of attention's products; head_dim ** -0.5 by default
+    score_cap: float | None = None  # no score of attention is larger: cap * tanh(score / cap)
+    logit_cap: float | None = None  # the same for logits
+    embed_scale: float = 1.0  # embeddings are multiplied by it, rounded to their dtype
+    offset_norms: bool = False  # norms multiply by 1 + scale, in float32
+
+    def windows(self, positions: int) -> tuple[bool, ...]:
+        """`windowed`, for rows of so many positions: empty where all of a row is within the window."""
+        return self.windowed if any(self.windowed) and positions > self.window else ()
 
     def sizes(self) -> dict[str, int]:
         """Dimension sizes by letter."""
@@ -61,8 +75,16 @@ class Config:
         return self.layers * per_layer, self.vocab * self.embed
 
     def forward_attention_flops(self, attended: Any) -> Any:
-        """Scores and weighted values of one token that sits in a document of `attended` tokens; the causal half."""
-        return 2.0 * self.layers * self.heads * self.head_dim * attended
+        """Scores and weighted values of one token that sits in a document of `attended` tokens; the causal half.
+
+        In windowed layers, of the keys that are seen: w n - w^2 / 2 of them in place of n^2 / 2, for all n tokens.
+        """
+        seen = self.layers * attended
+        if any(self.windowed):
+            least = np.minimum(self.window, attended)
+            short = least * (2 - least / np.maximum(attended, 1))
+            seen = seen + sum(self.windowed) * (short - attended)
+        return 2.0 * self.heads * self.head_dim * seen
 
     def flops_per_token(self, attended: Any) -> Any:
         """Training FLOPs of one token that sits in a document of `attended` tokens.
@@ -73,25 +95,26 @@ class Config:
         return 6.0 * sum(self.matmul_weights) + 3 * self.forward_attention_flops(attended)
 
 
-def read_config(hf: Mapping[str, Any], unsupported: Mapping[str, Any]) -> Config:
+def read_config(hf: Mapping[str, Any], unsupported: Mapping[str, Any], rope: Rope | None = None) -> Config:
     """Reads the fields that Llama-like configs share.
 
     Args:
       hf: parsed config.json.
       unsupported: key -> the only value this family implements; another value is refused.
+      rope: where the family has a spelling of its own for it.
 
     Raises:
       UserError: a key is missing, or asks for something the family does not implement; all are named at once.
     """
     needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     problems = [f"{key} is missing" for key in needed if key not in hf]
-    for key, only in {"hidden_act": "silu", **unsupported}.items():
+    for key, only in unsupported.items():
         if hf.get(key, only) not in (only, None):
             problems.append(f"{key} is {hf[key]!r}, implemented is {only!r}")
     if problems:
         raise UserError(f"config.json of model_type {hf.get('model_type')!r}: {'; '.join(problems)}")
     heads, positions = hf["num_attention_heads"], hf.get("max_position_embeddings", 2048)
-    rope = read_rope(hf, positions)
+    rope = rope or read_rope(hf, positions)
     if rope.kind == "yarn":  # Qwen's own instructions add YaRN and leave max_position_embeddings at the old length
         positions = max(positions, int(rope.factor * rope.original_positions))
     return Config(
@@ -113,12 +136,16 @@ def read_config(hf: Mapping[str, Any], unsupported: Mapping[str, Any]) -> Config
 def read_rope(hf: Mapping[str, Any], positions: int) -> Rope:
     """Reads RoPE from `rope_parameters` (transformers 5) or from `rope_theta` and `rope_scaling` (transformers 4)."""
     values = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+    if "rope_local_base_freq" in hf or "full_attention" in values:
+        raise UserError(f"config.json of model_type {hf.get('model_type')!r} has a RoPE for each kind of layer")
     theta = values.get("rope_theta", hf.get("rope_theta", _DEFAULT_THETA))
     kind = values.get("rope_type", values.get("type", "default"))
     if kind == "default":
         return Rope(theta=float(theta))
-    if kind not in ("llama3", "yarn"):
-        raise UserError(f"config.json asks for RoPE scaling {kind!r}; implemented are 'default', 'llama3' and 'yarn'")
+    if kind not in ("linear", "llama3", "yarn"):
+        raise UserError(
+            f"config.json asks for RoPE scaling {kind!r}; implemented are 'default', 'linear', 'llama3' and 'yarn'"
+        )
     if "factor" not in values:
         raise UserError(f"config.json: RoPE scaling {kind!r} needs a factor, found the keys {sorted(values)}")
     numbers = {key: float(values[key]) for key in _ROPE_NUMBERS if values.get(key) is not None}

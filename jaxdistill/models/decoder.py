@@ -1,5 +1,7 @@
 """The decoder around the blocks: embedding, the scan over layers, final norm, head."""
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,13 +11,13 @@ from jaxtyping import Array, Float, Int
 
 from jaxdistill import models, weights
 from jaxdistill.models import embedding
-from jaxdistill.models.attention import REFERENCE, Attention
+from jaxdistill.models.attention import REFERENCE, Attention, Scores
 from jaxdistill.models.attention.packed import packed_attention
 from jaxdistill.models.config import Config
-from jaxdistill.models.layers import Projection, projection, rms_norm, rope_angles
+from jaxdistill.models.layers import Angles, Projection, capped, offset_norm, projection, rms_norm, rope_angles
 from jaxdistill.models.remat import Remat, saving
 from jaxdistill.sharding import einsum, gather
-from jaxdistill.weights import Weight, ones, weight
+from jaxdistill.weights import Weight, ones, weight, zeros
 
 
 @struct.dataclass
@@ -31,7 +33,10 @@ class Params:
 def template(c: Config) -> Params:
     """The weights this architecture has, as declarations without data."""
     blocks = weights.template(models.family(c.model_type).Block, c.sizes())
-    return weights.template(Params, c.sizes(), blocks=blocks, **({"unembed": None} if c.tied else {}))
+    made = weights.template(Params, c.sizes(), blocks=blocks, **({"unembed": None} if c.tied else {}))
+    if c.offset_norms:
+        return dataclasses.replace(made, final_norm=dataclasses.replace(made.final_norm, init=zeros))
+    return made
 
 
 def head(params: Params) -> Weight:
@@ -61,20 +66,87 @@ def hidden(
       attention: its backend, and how it crosses the context axis.
       project: multiplies with the weights of the layers.
     """
-    block = models.family(c.model_type).block
-    angles = rope_angles(positions, c.rope, c.head_dim)
-
-    def layer(x, w):
-        return block(x, w, angles, lambda q, k, v: (packed_attention(q, k, v, segments, attention), None), c, project)
-
-    x = embedding.lookup(params.embed, tokens, dtype)
+    run = layer(positions, segments, c, attention, project)
+    x = embed(params, tokens, c, dtype)
     if noise is not None:
         x += noise
-    x, _ = jax.lax.scan(saving(remat, layer), x, params.blocks)
-    return rms_norm(x, params.final_norm, c.norm_eps)
+    kinds = c.windowed if len(set(c.windowed)) > 1 else None  # else of one kind, and no array says which
+
+    def one(x: Array, item: Any) -> tuple[Array, None]:
+        w, windowed = item
+        return run(x, w, any(c.windowed) if kinds is None else windowed), None
+
+    x, _ = jax.lax.scan(saving(remat, one), x, (params.blocks, None if kinds is None else jnp.array(kinds)))
+    return final(params, x, c)
 
 
-def logits(params: Params, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+def layer(
+    positions: Int[Array, "B T"],
+    segments: Int[Array, "B T"],
+    c: Config,
+    attention: Attention = REFERENCE,
+    project: Projection = projection,
+) -> Callable[[Array, Any, Any], Array]:
+    """One layer on packed rows: a function of hidden states, the layer's weights, and whether the layer is windowed.
+
+    That last may be an array of the devices: so one scan runs over layers of both kinds.
+    """
+    block = models.family(c.model_type).block
+    angles = angles_of_kinds(positions, c)
+    T = positions.shape[1]
+    windows = c.windows(T)
+
+    def run(x: Array, w: Any, windowed: Any) -> Array:
+        window = None
+        if windows:
+            window = (
+                (c.window if windowed else None) if isinstance(windowed, bool) else jnp.where(windowed, c.window, T)
+            )
+
+        def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
+            return packed_attention(q, k, v, segments, attention, Scores(c.score_scale, c.score_cap), window), None
+
+        return block(x, w, angles(windowed), attend, c, project)[0]
+
+    return run
+
+
+def angles_of_kinds(positions: Int[Array, "B T"], c: Config) -> Callable[[Any], Angles]:
+    """The rotations of each position by whether a layer is windowed, computed once for all layers."""
+    everywhere = rope_angles(positions, c.rope, c.head_dim)
+    if c.local_rope is None:
+        return lambda windowed: everywhere
+    local = rope_angles(positions, c.local_rope, c.head_dim)
+
+    def of(windowed: Any) -> Angles:
+        if isinstance(windowed, bool):
+            return local if windowed else everywhere
+        return jax.tree.map(lambda a, b: jnp.where(windowed, a, b), local, everywhere)
+
+    return of
+
+
+def embed(params: Params, tokens: Int[Array, "B T"], c: Config, dtype: Any) -> Float[Array, "B T D"]:
+    """Embeddings as the first layer takes them."""
+    return scaled(embedding.lookup(params.embed, tokens, dtype), c)
+
+
+def scaled(rows: Float[Array, "*dims D"], c: Config) -> Float[Array, "*dims D"]:
+    """Rows of the embedding as the first layer takes them."""
+    return rows if c.embed_scale == 1 else rows * jnp.asarray(c.embed_scale, rows.dtype)
+
+
+def final(params: Params, x: Float[Array, "B T D"], c: Config) -> Float[Array, "B T D"]:
+    """The norm after the last layer."""
+    return normed(x, params.final_norm, c)
+
+
+def normed(x: Float[Array, "B T D"], scale: Float[Array, " D"], c: Config) -> Float[Array, "B T D"]:
+    """Hidden states through the norm after the last layer."""
+    return (offset_norm if c.offset_norms else rms_norm)(x, scale, c.norm_eps)
+
+
+def logits(params: Params, x: Float[Array, "B T D"], c: Config) -> Float[Array, "B T V"]:
     """Logits in float32. For training use loss.py, which never holds a row of them."""
     w = gather(head(params), "VD", x.dtype)
-    return einsum("BTD,VD->BTV", x, w, preferred_element_type=jnp.float32)
+    return capped(einsum("BTD,VD->BTV", x, w, preferred_element_type=jnp.float32), c.logit_cap)

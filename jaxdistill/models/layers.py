@@ -38,6 +38,25 @@ def rms_norm(x: Float[Array, "*dims C"], scale: Float[Array, " C"], eps: float) 
     return scale.astype(x.dtype) * x32.astype(x.dtype)
 
 
+def rms_norm32(
+    x: Float[Array, "*dims C"], scale: Float[Array, "..."], eps: float, axes: tuple[int, ...] = (-1,)
+) -> Float[Array, "*dims C"]:
+    """As `rms_norm`, scaled before it is rounded, as OLMo 2 and Gemma do it; over the dimensions `axes`."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=axes, keepdims=True) + eps)
+    return (scale.astype(jnp.float32) * x32).astype(x.dtype)
+
+
+def offset_norm(x: Float[Array, "*dims C"], scale: Float[Array, " C"], eps: float) -> Float[Array, "*dims C"]:
+    """Gemma's: weights say how far the scale is from 1."""
+    return rms_norm32(x, 1 + scale.astype(jnp.float32), eps)
+
+
+def capped(x: Float[Array, "*dims"], cap: float | None) -> Float[Array, "*dims"]:
+    """Soft cap: no value is larger than it; None leaves all as they are."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
 Angles = tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]]  # cos and sin; H2 = H / 2
 
 
@@ -68,7 +87,9 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     periods = (rope.theta ** exponents.astype(np.float64)).astype(np.float32)
     frequencies = 1 / periods
-    if rope.kind == "llama3":
+    if rope.kind == "linear":
+        frequencies = frequencies / np.float32(rope.factor)
+    elif rope.kind == "llama3":
         wavelengths = 2 * math.pi / frequencies
         low, high = rope.low_freq_factor, rope.high_freq_factor
         smooth = np.clip((rope.original_positions / wavelengths - low) / (high - low), 0.0, 1.0)
@@ -95,12 +116,14 @@ def _yarn_range(rope: Rope, head_dim: int) -> tuple[float, float]:
     return low, high + 0.001 if low == high else high
 
 
-def swiglu(x: Float[Array, "B T D"], w: Any, project: Projection) -> Float[Array, "B T D"]:
-    """The gated MLP of Llama and Qwen; `w` is a block with w_gate, w_up and w_down."""
+def swiglu(
+    x: Float[Array, "B T D"], w: Any, project: Projection, activation: Callable[[Array], Array] = jax.nn.silu
+) -> Float[Array, "B T D"]:
+    """The gated MLP of all families; `w` is a block with w_gate, w_up and w_down."""
 
     def mlp(x: Array, w_gate: Weight, w_up: Weight, w_down: Weight) -> Array:
         gate, up = project("BTD,DF->BTF", x, w_gate), project("BTD,DF->BTF", x, w_up)
-        return project("BTF,FD->BTD", jax.nn.silu(gate) * up, w_down)
+        return project("BTF,FD->BTD", activation(gate) * up, w_down)
 
     return by_stretches(mlp, x, w.w_gate, w.w_up, w.w_down)
 

@@ -29,13 +29,16 @@ class Block:
 
 def config(hf: Mapping[str, Any]) -> Config:
     """Reads config.json."""
-    return read_config(hf, unsupported={"attention_bias": False, "mlp_bias": False})
+    return read_config(hf, unsupported={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False})
 
 
 def block(
-    x: Float[Array, "B T D"], w: Block, angles: Angles, attend: Attend, c: Config, project: Projection = projection
+    x: Float[Array, "B T D"], w: Any, angles: Angles, attend: Attend, c: Config, project: Projection = projection
 ) -> tuple[Float[Array, "B T D"], Any]:
-    """One layer. Returns its output and whatever `attend` keeps (a cache when sampling)."""
+    """One layer, of this family and of those whose weights have the same names (Mistral, Phi-3).
+
+    Returns its output and whatever `attend` keeps (a cache when sampling).
+    """
     h = rms_norm(x, w.attn_norm, c.norm_eps)
     q = project("BTD,DNH->BTNH", h, w.w_q)
     k = project("BTD,DKH->BTKH", h, w.w_k)

@@ -32,7 +32,7 @@ class Block:
 
 def config(hf: Mapping[str, Any]) -> Config:
     """Reads config.json."""
-    return read_config(hf, unsupported={"use_sliding_window": False})
+    return read_config(hf, unsupported={"hidden_act": "silu", "use_sliding_window": False})
 
 
 def block(

@@ -31,7 +31,10 @@ class Block:
 
 def config(hf: Mapping[str, Any]) -> Config:
     """Reads config.json."""
-    return read_config({"head_dim": 128, **hf}, unsupported={"attention_bias": False, "use_sliding_window": False})
+    return read_config(
+        {"head_dim": 128, **hf},
+        unsupported={"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False},
+    )
 
 
 def block(

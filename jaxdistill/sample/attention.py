@@ -1,5 +1,6 @@
 """Attention of new tokens to the pages their request holds: the one place where a device's own kernel would go in."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -7,6 +8,9 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
+
+from jaxdistill.models.attention import PLAIN, Scores
+from jaxdistill.models.layers import capped
 
 _GROUP_BYTES = 2**21  # keys of one page of each row that a CPU's second-level caches hold
 _MASKED = -1e30
@@ -34,14 +38,26 @@ def key_dims() -> str:
     return "PKHp" if _on_cpu() else "PKpH"
 
 
+@dataclasses.dataclass(frozen=True)
+class Seeing:
+    """What a layer's queries see, and how."""
+
+    scores: Scores = PLAIN
+    window: int | None = None  # keys at most, a query's own the last of them
+
+
+ALL = Seeing()
+
+
 def attend(
     q: Float[Array, "B T N H"],
     pages: Pages,
     tables: Int[Array, "B M"],
     positions: Int[Array, "B T"],
     live: Bool[Array, "B T"],
+    how: Seeing = ALL,
 ) -> Float[Array, "B T N H"]:
-    """Each query sees the keys of its row up to its own position, page by page, on one device or along context.
+    """Each query sees the keys of its row up to its own position, or its window's, page by page.
 
     The order of additions, and with it a result's last bits, depends on the page size, and on how many devices share
     the pages along context: not on the other rows, nor on where the pages lie.
@@ -50,12 +66,12 @@ def attend(
     q_BKXH = rearrange(q, "B T (K G) H -> B K (G T) H", K=K)
     size = _group_size(B, K * H * p * pages.keys.dtype.itemsize)
     if size == B:
-        out = _attend_together(q_BKXH, pages, tables, positions, live)
+        out = _attend_together(q_BKXH, pages, tables, positions, live, how)
     else:
 
         def group(first: Array) -> Array:
             own = [jax.lax.dynamic_slice_in_dim(a, first, size) for a in (q_BKXH, tables, positions, live)]
-            return _attend_together(own[0], pages, *own[1:])
+            return _attend_together(own[0], pages, *own[1:], how=how)
 
         out = jax.lax.map(group, jnp.arange(0, B, size)).reshape(q_BKXH.shape)
     return rearrange(out, "B K (G T) H -> B T (K G) H", T=T)
@@ -73,7 +89,7 @@ def _on_cpu() -> bool:
     return device.platform == "cpu"
 
 
-def _attend_together(q_BKXH: Array, pages: Pages, tables: Array, positions: Array, live: Array) -> Array:
+def _attend_together(q_BKXH: Array, pages: Pages, tables: Array, positions: Array, live: Array, how: Seeing) -> Array:
     """Attention [B, K, X, H] of B rows, up to the longest of them."""
     (_, _, X, H), p, dtype = q_BKXH.shape, pages.values.shape[-2], q_BKXH.dtype
     devices, device = jax.lax.axis_size("context"), jax.lax.axis_index("context")
@@ -90,8 +106,11 @@ def _attend_together(q_BKXH: Array, pages: Pages, tables: Array, positions: Arra
         scores = jnp.einsum(with_keys, q_BKXH, keys, preferred_element_type=jnp.float32)
         if held.key_scales is not None:
             scores *= held.key_scales[:, :, None, :]
-        visible = (i * devices + device) * p + jnp.arange(p) <= last_X
-        scores = jnp.where(visible, scores * H**-0.5, _MASKED)
+        key_positions = (i * devices + device) * p + jnp.arange(p)
+        visible = key_positions <= last_X
+        if how.window is not None:
+            visible &= key_positions > last_X - how.window
+        scores = jnp.where(visible, capped(scores * how.scores.scale_of(H), how.scores.cap), _MASKED)
         new_top = jnp.maximum(top, scores.max(-1))
         weights = jnp.where(visible, jnp.exp(scores - new_top[..., None]), 0.0)
         shrink = jnp.exp(top - new_top)
@@ -104,8 +123,11 @@ def _attend_together(q_BKXH: Array, pages: Pages, tables: Array, positions: Arra
 
     zeros = jnp.zeros(q_BKXH.shape, jnp.float32)
     start = (zeros[..., 0] + _MASKED, zeros[..., 0], zeros)
-    count = jnp.max(jnp.where(live, positions, 0)) // (devices * p) + 1
-    top, total, sums = jax.lax.fori_loop(0, count, body, start)
+    first, page = 0, devices * p
+    end = jnp.max(jnp.where(live, positions, 0)) // page + 1
+    if how.window is not None:  # pages that are behind every row's window
+        first = jnp.maximum(jnp.min(jnp.where(live, positions, end * page)) - how.window + 1, 0) // page
+    top, total, sums = jax.lax.fori_loop(first, end, body, start)
     if devices > 1:
         shrink = jnp.exp(top - jax.lax.pmax(top, "context"))
         total, sums = jax.lax.psum((total * shrink, sums * shrink[..., None]), "context")

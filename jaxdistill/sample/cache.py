@@ -1,5 +1,6 @@
 """The key-value cache: pages of fixed size that lie anywhere, written in place; a table says which belong to whom."""
 
+import functools
 from typing import Any, Literal
 
 import jax
@@ -8,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxdistill.models import quantized
 from jaxdistill.models.config import Config
-from jaxdistill.sample.attention import Pages, attend, key_dims
+from jaxdistill.sample.attention import ALL, Pages, Seeing, attend, key_dims
 from jaxdistill.sharding import spec
 
 CacheDtype = Literal["compute", "float8", "int8"]
@@ -56,6 +57,7 @@ def write_and_attend(
     tables: Int[Array, "B M"],
     positions: Int[Array, "B T"],
     live: Bool[Array, "B T"],
+    how: Seeing = ALL,
 ) -> tuple[Float[Array, "B T N H"], Pages]:
     """Stores new keys and values, then attends to everything each row holds up to the query's position.
 
@@ -67,7 +69,7 @@ def write_and_attend(
     heads = spec("BTNH")
     stored = jax.tree.map(spec, _dims(pages.key_scales is not None))
     return jax.shard_map(
-        _local,
+        functools.partial(_local, how=how),
         in_specs=(heads, heads, heads, stored, spec("B"), spec("BT"), spec("BT")),
         out_specs=(heads, stored),
         check_vma=False,  # each device runs its loop over keys to its own end
@@ -75,7 +77,7 @@ def write_and_attend(
 
 
 def _local(
-    q: Array, k: Array, v: Array, pages: Pages, tables: Array, positions: Array, live: Array
+    q: Array, k: Array, v: Array, pages: Pages, tables: Array, positions: Array, live: Array, how: Seeing
 ) -> tuple[Array, Pages]:
     P, _, share, _ = pages.values.shape
     whole = share * jax.lax.axis_size("context")
@@ -94,7 +96,7 @@ def _local(
         return kept.at[(held, slice(None), *_place(dims, at))].set(x.astype(kept.dtype), mode="drop")
 
     pages = jax.tree.map(write, _dims(pages.key_scales is not None), pages, new)
-    return attend(q, pages, tables, positions, live), pages
+    return attend(q, pages, tables, positions, live, how), pages
 
 
 def _place(dims: str, at: Array) -> tuple[Any, ...]:

@@ -10,11 +10,11 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxdistill import models, sharding, weights
-from jaxdistill.models import decoder, embedding, quantized
+from jaxdistill.models import decoder, quantized
+from jaxdistill.models.attention import Scores
 from jaxdistill.models.config import Config
-from jaxdistill.models.layers import rms_norm, rope_angles
 from jaxdistill.models.quantized import MatmulDtype
-from jaxdistill.sample.attention import Pages
+from jaxdistill.sample.attention import Pages, Seeing
 from jaxdistill.sample.cache import Cache, write_and_attend
 from jaxdistill.sample.choose import Counts, Features, Logprobs, Parameters, Rows, choose, logprobs
 from jaxdistill.sample.request import TOP_LOGPROBS
@@ -99,23 +99,26 @@ def forward(
     block = models.family(c.model_type).block
     with sharding.whole_rows():
         tokens, positions, live = (sharding.relayout(a, "BT") for a in (tokens, positions, live))
-        angles = rope_angles(positions, c.rope, c.head_dim)
-        x = embedding.lookup(params.embed, tokens, dtype)
+        angles = decoder.angles_of_kinds(positions, c)
+        scores = Scores(c.score_scale, c.score_cap)
+        x = decoder.embed(params, tokens, c, dtype)
         layers = []
-        for w, pages in zip(params.blocks, cache, strict=True):
+        for i, (w, pages) in enumerate(zip(params.blocks, cache, strict=True)):
+            windowed = bool(c.windowed) and c.windowed[i]
+            how = Seeing(scores, c.window if windowed else None)
 
-            def attend(q: Array, k: Array, v: Array, pages: Pages = pages) -> tuple[Array, Pages]:
-                return write_and_attend(q, k, v, pages, tables, positions, live)
+            def attend(q: Array, k: Array, v: Array, pages: Pages = pages, how: Seeing = how) -> tuple[Array, Pages]:
+                return write_and_attend(q, k, v, pages, tables, positions, live, how)
 
-            x, pages = block(x, w, angles, attend, c, quantized.stored_projection)
+            x, pages = block(x, w, angles(windowed), attend, c, quantized.stored_projection)
             layers.append(pages)
-        return rms_norm(x, params.final_norm, c.norm_eps), tuple(layers)
+        return decoder.final(params, x, c), tuple(layers)
 
 
-def _logits(params: decoder.Params, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+def _logits(params: decoder.Params, x: Float[Array, "B T D"], c: Config) -> Float[Array, "B T V"]:
     """One row's vocabulary is gathered: to draw across shards would cost more."""
     with sharding.whole_rows():
-        return jax.sharding.reshard(decoder.logits(params, x), jax.P(*spec("BT"), None))
+        return jax.sharding.reshard(decoder.logits(params, x, c), jax.P(*spec("BT"), None))
 
 
 def _draw(logits: Float[Array, "B V"], s: Slots, features: Features) -> Drawn:
@@ -167,10 +170,10 @@ def prefill(
     x, cache = forward(params, cache, piece.tokens, piece.tables, positions, live, c, dtype)
     of_targets = None
     if piece.targets is not None:
-        of_targets = logprobs(_logits(params, x), piece.targets)
+        of_targets = logprobs(_logits(params, x, c), piece.targets)
     last = jnp.maximum(piece.count - 1, 0)[:, None, None]
     x = jnp.sum(jnp.where(offsets[:, None] == last, x, 0), axis=1, keepdims=True)
-    drawn = _draw(_logits(params, x)[:, 0], rows, features)
+    drawn = _draw(_logits(params, x, c)[:, 0], rows, features)
     rows = _advance(rows, drawn.tokens, features)
     drawn = jax.tree.map(lambda a: a[None], drawn)
     return cache, _enter(state, piece.slot, rows), drawn, of_targets
@@ -213,7 +216,7 @@ def decode(
     def step(carry: tuple[Array, Cache, Slots, Drawn]) -> tuple[Array, Cache, Slots, Drawn]:
         i, cache, s, out = carry
         x, cache = forward(params, cache, s.token[:, None], tables, s.position[:, None], s.active[:, None], c, dtype)
-        drawn = _draw(_logits(params, x)[:, 0], s, features)
+        drawn = _draw(_logits(params, x, c)[:, 0], s, features)
         shown = dataclasses.replace(drawn, tokens=jnp.where(s.active, drawn.tokens, -1))
         out = jax.tree.map(lambda a, new: jax.lax.dynamic_update_index_in_dim(a, new, i, axis=0), out, shown)
         return i + 1, cache, _advance(s, drawn.tokens, features), out

@@ -10,8 +10,9 @@ import pytest
 import tiny
 from huggingface_hub import ModelCard
 
-from jaxdistill import cli, export
-from jaxdistill.checkpoint import Checkpoints, fingerprint, keep_base, load_model
+from jaxdistill import cli, export, export_check
+from jaxdistill.checkpoint import Checkpoints, fingerprint, keep_base
+from jaxdistill.checkpoint_tensors import open_model
 from jaxdistill.data import chat
 from jaxdistill.errors import RunError, UserError
 from jaxdistill.evaluate import run as evaluate
@@ -257,7 +258,7 @@ def test_export_takes_its_own_folder_again_even_cut_off(model: Path, tmp_path: P
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(export, "verify", cut_off)
+        patched.setattr(export, "check", cut_off)
         with pytest.raises(KeyboardInterrupt):
             export.main(config)
     cut = json.loads((config.workdir / "manifest.json").read_text())
@@ -266,7 +267,9 @@ def test_export_takes_its_own_folder_again_even_cut_off(model: Path, tmp_path: P
     written = json.loads((config.workdir / "manifest.json").read_text())
     assert (written["verified"], written["model"]) == (True, fingerprint(model))
     assert written["settings"]["verify_tokens"] == 8
-    assert "reloaded: tensors equal, logits within" in card(config.workdir).text
+    text = " ".join(card(config.workdir).text.split())
+    assert "reloaded: every tensor equal bit for bit, logits at positions up to 256 within 0.0e+00 of the" in text
+    assert "32 greedy tokens the same" in text
 
 
 def card(folder: Path) -> ModelCard:
@@ -287,7 +290,7 @@ def test_an_export_that_was_not_verified_says_so(model: Path, tmp_path: Path):
     [
         ("config.json", b'"rope_theta": 700.0', b'"rope_theta": 701.0', "config.json says another rope"),
         ("config.json", b'"rms_norm_eps": 1e-05', b'"rms_norm_eps": 1e-06', "config.json says another norm_eps"),
-        ("model.safetensors", None, None, r"differ from the checkpoint: .*; do not use the export"),
+        ("model.safetensors", None, None, r"differ from the model's: model.norm.weight; do not use the export"),
     ],
 )
 def test_an_export_that_went_wrong_is_told(
@@ -302,18 +305,18 @@ def test_an_export_that_went_wrong_is_told(
         path.write_bytes(content.replace(old, new))
     else:
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with tiny.mesh():
-        params, c = load_model(model)
-        with pytest.raises(RunError, match=message):
-            export.verify(config.workdir, params, c, 8)
+    with tiny.mesh(), open_model(model) as (tensors, c), pytest.raises(RunError, match=message):
+        export.check(config.workdir, model, None, tensors, c, 8, 256)
 
 
 def test_logits_that_differ_or_are_no_numbers_are_told(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = export.ExportConfig(workdir=tmp_path / "out", model=model, verify_tokens=8)
-    logits = export.logits
+    logits = export_check._logits
     for off in (1e-2, float("nan")):
         calls = iter((0.0, off))
-        monkeypatch.setattr(export, "logits", lambda *a, calls=calls: logits(*a) + next(calls))
+        monkeypatch.setattr(
+            export_check, "_logits", lambda *a, calls=calls: (x + off for off in [next(calls)] for x in logits(*a))
+        )
         with pytest.raises(RunError, match="logits differ"):
             export.main(config)
 

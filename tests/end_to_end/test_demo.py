@@ -112,7 +112,7 @@ def test_export_loads_in_transformers_with_the_same_logits(run: Path) -> None:
     transformers = pytest.importorskip("transformers")
     import tiny
 
-    from jaxdistill import export, hf
+    from jaxdistill import export_check, hf
 
     model = transformers.AutoModelForCausalLM.from_pretrained(run / "export", dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(run / "export")
@@ -122,7 +122,7 @@ def test_export_loads_in_transformers_with_the_same_logits(run: Path) -> None:
         theirs = model(torch.from_numpy(ids).long()).logits.numpy()
     with tiny.mesh():
         params, config = hf.load(run / "export")
-        ours = export.logits(params, ids, config)
+        ours = export_check.logits(params, ids, config)
     assert np.abs(ours - theirs).max() < 1e-4 * np.abs(theirs).max()
 
 

@@ -1,5 +1,6 @@
 """The real SmolLM2-135M weights against transformers: logits at 4,096 positions, and 256 greedy tokens."""
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def test_logits_at_4096_positions(smollm2: Path, theirs: Any, tokenizer: Any):
         params, c = hf.load(smollm2)
         rows = [sharding.put(x, "BT") for x in (tokens, np.arange(POSITIONS)[None], np.ones_like(tokens))]
         x = jax.jit(lambda p, *rows: decoder.hidden(p, *rows, c=c, dtype=jnp.float32))(params, *rows)
-        logits = jax.jit(decoder.logits)
+        logits = jax.jit(functools.partial(decoder.logits, c=c))
         largest = worst = 0.0
         compared = close = 0
         for at in range(0, POSITIONS, CHUNK):  # 4,096 x 49,152 logits are 0.8 GB: a chunk of rows at a time

@@ -1,6 +1,6 @@
 """Packed attention of every backend against the plain formula."""
 
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,16 @@ from jaxtyping import Array
 from plain_attention import PADDING, check, draw, plain, segment_ids
 
 from jaxdistill import sharding
-from jaxdistill.models.attention import REFERENCE, Attention, Backend, blockwise, cudnn, splash
+from jaxdistill.models.attention import (
+    REFERENCE,
+    Attention,
+    Backend,
+    ContextParallelism,
+    Scores,
+    blockwise,
+    cudnn,
+    splash,
+)
 from jaxdistill.models.attention.packed import packed_attention, query_order
 from jaxdistill.models.remat import Remat, saving
 from jaxdistill.plan import ahead
@@ -66,6 +75,31 @@ def test_keys_of_earlier_documents_are_not_read():
         out = np.asarray(packed_attention(*placed, sharding.put(ids, "BT"), REFERENCE))
     assert np.isnan(out[:, :64]).all()
     assert np.isfinite(out[:, 64:]).all()
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("window", [2, 16, 37, 200])
+@pytest.mark.parametrize("cap", [None, 1.5])
+def test_windows_and_caps(window: int, cap: float | None):
+    check(100, [[37, 40], [64, 36]], 4, 2, 16, scores=Scores(0.3, cap), window=window)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("context", get_args(ContextParallelism))
+def test_windows_and_caps_where_rows_are_split(context: ContextParallelism):
+    sizes = {"data": 2, "context": 2, "tensor": 2}
+    check(128, [[70, 40], [128]], 4, 4, 16, Attention(context=context), sizes, Scores(None, 1.5), window=37)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_keys_behind_the_window_are_not_read():
+    q, k, v, _ = draw(1, 128, 4, 2, 16)
+    v[:, :64] = np.nan
+    with tiny.mesh():
+        placed = (sharding.put(q, "BTNH"), sharding.put(k, "BTKH"), sharding.put(v, "BTKH"))
+        ids = sharding.put(segment_ids([[128]], 128), "BT")
+        out = np.asarray(packed_attention(*placed, ids, REFERENCE, window=16))
+    assert np.isfinite(out[:, 80:]).all()
 
 
 def test_large_scores_do_not_overflow():

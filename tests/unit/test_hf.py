@@ -12,10 +12,11 @@ import pytest
 import safetensors.numpy
 import tiny
 
-from jaxdistill import hf
+from jaxdistill import hf, models
 from jaxdistill.errors import UserError
 from jaxdistill.models import FAMILIES
 from jaxdistill.models.config import write_rope
+from jaxdistill.models.context import ContextExtension
 
 HF = tiny.hf_config("qwen2", tied=True)
 C = tiny.config("qwen2", tied=True)
@@ -196,6 +197,54 @@ def test_companions_are_copied(folder: Path, tmp_path: Path):
     copied = {path.name for path in target.iterdir()}
     assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"} <= copied
     assert not copied & {"config.json", "model.safetensors", "tokenizers"}
+
+
+def test_settings_of_a_family_that_transformers_fills_in():
+    values = {key: value for key, value in tiny.hf_config("gemma3_text").items() if key not in _FILLED_IN}
+    c = models.family("gemma3_text").config({**values, "num_hidden_layers": 8})
+    assert c.windowed == (True, True, True, True, True, False, True, True)
+    assert (c.window, c.rope.theta, c.score_scale, c.tied) == (4096, 1e6, 1 / 16, True)
+    assert c.local_rope is not None
+    assert c.local_rope.theta == 1e4
+    mistral = {key: value for key, value in tiny.hf_config("mistral").items() if key != "sliding_window"}
+    assert models.family("mistral").config(mistral).window == 4096
+    assert models.family("mistral").config({**mistral, "sliding_window": None}).windowed == ()
+    gemma2 = {key: value for key, value in tiny.hf_config("gemma2").items() if key not in _FILLED_IN}
+    found = models.family("gemma2").config(gemma2)
+    assert (found.score_cap, found.logit_cap, found.windowed) == (50.0, 30.0, (True, False))
+
+
+_FILLED_IN = {
+    "sliding_window",
+    "layer_types",
+    "query_pre_attn_scalar",
+    "rope_parameters",
+    "tie_word_embeddings",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("phi3", {"partial_rotary_factor": 0.75}, "partial_rotary_factor is 0.75, implemented is 1.0"),
+        ("gemma2", {"layer_types": ["chunked", "full_attention"]}, "layer_types has .'chunked'."),
+        ("gemma2", {"layer_types": ["full_attention"]}, "layer_types names 1 layers of 2"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0, implemented is None"),
+        ("olmo2", {"attention_bias": True}, "attention_bias is True, implemented is False"),
+    ],
+)
+def test_settings_that_a_family_does_not_have(family: str, changes: dict[str, Any], message: str):
+    values = tiny.hf_config(family, **changes)
+    values["rope_parameters"].pop("partial_rotary_factor", None)
+    with pytest.raises(UserError, match=message):
+        models.family(family).config(values)
+
+
+def test_the_context_of_a_model_with_two_ropes_is_not_extended():
+    with pytest.raises(UserError, match="'gemma3_text' has a RoPE for each kind of layer"):
+        ContextExtension(positions=512, yarn=True).apply(tiny.hf_config("gemma3_text"))
 
 
 @pytest.mark.parametrize("rope", tiny.ROPES)

@@ -19,8 +19,13 @@ from jaxdistill.sharding import MeshConfig
 from jaxdistill.train_config import TrainConfig
 
 SLOTS, POSITIONS, LIVE = 128, 32_768, 10_000.0
-SIZES = {"hidden_size": 3584, "intermediate_size": 18_944, "num_hidden_layers": 2, "vocab_size": 8192}
-HEADS = {"num_attention_heads": 28, "num_key_value_heads": 4, "head_dim": 128, "max_position_embeddings": POSITIONS}
+SIZES: dict[str, Any] = {"hidden_size": 3584, "intermediate_size": 18_944, "num_hidden_layers": 2, "vocab_size": 8192}
+HEADS: dict[str, Any] = {
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "max_position_embeddings": POSITIONS,
+}
 C = tiny.config("qwen2", **SIZES, **HEADS)
 POSITION_BYTES = 2 * 2 * C.layers * C.kv_heads * C.head_dim  # keys and values in bfloat16
 

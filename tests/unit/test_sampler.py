@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
-from jaxdistill import export, sharding
+from jaxdistill import export_check, sharding
 from jaxdistill.errors import UserError
 from jaxdistill.models import decoder
 from jaxdistill.sample import attention, programs
@@ -284,7 +284,7 @@ def test_slots_are_filled_first_where_only_whole_outputs_count(engine: Engine):
 
 def packed_logits(tokens: np.ndarray) -> np.ndarray:
     """Logits of rows of one document each, through the forward pass that training uses."""
-    return export.logits(tiny.put(VALUES, C), tokens, C)
+    return export_check.logits(tiny.put(VALUES, C), tokens, C)
 
 
 def test_cached_logits_equal_the_packed_forward():
@@ -300,7 +300,7 @@ def test_cached_logits_equal_the_packed_forward():
         @jax.jit
         def cached(params: Any, cache: Any, tokens: Any, tables: Any, positions: Any, live: Any) -> Any:
             x, cache = programs.forward(params, cache, tokens, tables, positions, live, C, jnp.float32)
-            return decoder.logits(params, x), cache
+            return decoder.logits(params, x, C), cache
 
         expected = packed_logits(tokens)
         dirty = jax.tree.map(lambda x: x + 7.0, kv.empty(C, 5, PAGE, jnp.float32))

@@ -24,3 +24,18 @@ class Attention:
 
 
 REFERENCE = Attention()
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """How a model makes scores of queries and keys."""
+
+    scale: float | None = None  # of the products; head_dim ** -0.5 by default
+    cap: float | None = None  # no score is larger: cap * tanh(score / cap)
+
+    def scale_of(self, head_dim: int) -> float:
+        """What the products of vectors of this size are multiplied by."""
+        return head_dim**-0.5 if self.scale is None else self.scale
+
+
+PLAIN = Scores()

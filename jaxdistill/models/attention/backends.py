@@ -113,6 +113,9 @@ def check(
 def _misfit(
     attention: Attention, c: Config, mesh: Mapping[str, int], rows: int, row_tokens: int, dtype: str
 ) -> str | None:
+    if attention.backend != "blockwise" and (c.score_cap is not None or c.windows(row_tokens)):
+        what = "caps scores" if c.score_cap is not None else f"looks back {c.window} of {row_tokens} positions"
+        return f"{c.model_type} {what}, which only blockwise computes; set step.attention blockwise"
     shards, N, K = mesh["context"], c.heads // mesh["tensor"], c.kv_heads // mesh["tensor"]
     ulysses = attention.context == "ulysses"
     if ulysses and (N % shards or (K % shards and shards % K)):

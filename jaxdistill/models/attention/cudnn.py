@@ -1,5 +1,6 @@
 """The backend of Hopper GPUs: cuDNN's attention over sequences of different lengths that lie packed in memory (THD)."""
 
+import functools
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from jaxdistill.models.attention import OUTPUT_NAME
+from jaxdistill.models.attention import OUTPUT_NAME, PLAIN, Scores
 
 _MOST_ELEMENTS = 2**31  # of q on a device: cuDNN is given the place of each document in int32
 
@@ -22,6 +23,7 @@ def attend(
     shard: int,
     *,
     most: int,
+    scores: Scores = PLAIN,
 ) -> Float[Array, "B T N H"]:
     """Attention over whole rows, in bfloat16. Other arguments as of `blockwise.attend`.
 
@@ -32,7 +34,7 @@ def attend(
     del order, shard  # the positions as they are, of the only device that holds the row
     lengths, starts = documents(segments, most)
     q_offsets, k_offsets = (starts * x.shape[2] * x.shape[3] for x in (q, k))  # in elements
-    return _packed(q, k, v, lengths, q_offsets, k_offsets)
+    return _packed(q, k, v, lengths, q_offsets, k_offsets, scores.scale_of(q.shape[-1]))
 
 
 def documents(segments: Int[Array, "B T"], most: int) -> tuple[Int[Array, "B most"], Int[Array, "B most+1"]]:
@@ -48,13 +50,15 @@ def documents(segments: Int[Array, "B T"], most: int) -> tuple[Int[Array, "B mos
     return lengths.reshape(B, most), starts.reshape(B, most + 1)
 
 
-@jax.custom_vjp
-def _packed(q: Array, k: Array, v: Array, lengths: Array, q_offsets: Array, k_offsets: Array) -> Array:
-    return _forward(q, k, v, lengths, q_offsets, k_offsets)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _packed(q: Array, k: Array, v: Array, lengths: Array, q_offsets: Array, k_offsets: Array, scale: float) -> Array:
+    return _forward(q, k, v, lengths, q_offsets, k_offsets, scale)[0]
 
 
-def _forward(q: Array, k: Array, v: Array, lengths: Array, q_offsets: Array, k_offsets: Array) -> tuple[Array, Any]:
-    none, settings, primitives = _settings(q)
+def _forward(
+    q: Array, k: Array, v: Array, lengths: Array, q_offsets: Array, k_offsets: Array, scale: float
+) -> tuple[Array, Any]:
+    none, settings, primitives = _settings(q, scale)
     packing = (lengths, lengths, q_offsets, k_offsets)
     out, statistics = primitives._dot_product_attention_fwd_p.bind(
         q, k, v, none, *packing, none, none, **settings, is_training=True
@@ -64,9 +68,9 @@ def _forward(q: Array, k: Array, v: Array, lengths: Array, q_offsets: Array, k_o
     return out, (q, k, v, packing, statistics, out)
 
 
-def _backward(residuals: Any, d_out: Array) -> tuple[Array | None, ...]:
+def _backward(scale: float, residuals: Any, d_out: Array) -> tuple[Array | None, ...]:
     q, k, v, packing, statistics, out = residuals
-    none, settings, primitives = _settings(q)
+    none, settings, primitives = _settings(q, scale)
     d_qkv = primitives._dot_product_attention_bwd_p.bind(
         q, k, v, none, *packing, none, none, statistics, out, d_out, **settings
     )
@@ -76,7 +80,7 @@ def _backward(residuals: Any, d_out: Array) -> tuple[Array | None, ...]:
 _packed.defvjp(_forward, _backward)
 
 
-def _settings(q: Array) -> tuple[Array, dict[str, Any], Any]:
+def _settings(q: Array, scale: float) -> tuple[Array, dict[str, Any], Any]:
     """What stands for absent arguments, the parameters of both primitives, and the module that has them.
 
     The primitives are those that become cuDNN's custom calls. jax's own functions around them would compute the
@@ -86,7 +90,7 @@ def _settings(q: Array) -> tuple[Array, dict[str, Any], Any]:
     from jax._src.cudnn import fused_attention_stablehlo
 
     settings = {
-        "scale": q.shape[-1] ** -0.5,
+        "scale": scale,
         "seed": 0,
         "dropout_rate": 0.0,
         "variadic_args": (False, False),  # no bias, and no gradient of one

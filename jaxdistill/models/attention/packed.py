@@ -10,7 +10,7 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from jaxdistill import sharding
-from jaxdistill.models.attention import Attention, blockwise, cudnn, splash
+from jaxdistill.models.attention import PLAIN, Attention, Scores, blockwise, cudnn, splash
 from jaxdistill.sharding import relayout, spec
 
 
@@ -20,6 +20,8 @@ def packed_attention(
     v: Float[Array, "B T K H"],
     segments: Int[Array, "B T"],
     attention: Attention,
+    scores: Scores = PLAIN,
+    window: int | Int[Array, ""] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Causal attention within the documents of packed rows; softmax in float32.
 
@@ -28,23 +30,29 @@ def packed_attention(
       attention: the backend, and what moves where rows are split. "all_gather": keys and values to every device,
         queries stay. "ulysses" (arXiv 2309.14509): positions are exchanged for heads, so each device sees whole rows
         of its heads; key/value heads are repeated where they are fewer than the devices.
+      scores: what only blockwise computes is refused for the other backends at the start (`backends.check`).
+      window: a query sees so many keys at most, its own the last of them; all of its document's by default.
     """
     if jax.sharding.get_abstract_mesh().shape["context"] == 1:
         local = _whole_rows
     else:
         local = {"all_gather": _gathered, "ulysses": _exchanged}[attention.context]
-    return jax.shard_map(
-        functools.partial(local, _backend(attention)),
-        in_specs=(spec("BTNH"), spec("BTKH"), spec("BTKH"), spec("BS")),
+    run = jax.shard_map(
+        lambda q, k, v, segments, *window: local(_backend(attention, scores, *window), q, k, v, segments),
+        in_specs=(spec("BTNH"), spec("BTKH"), spec("BTKH"), spec("BS"), *[jax.P()] * (window is not None)),
         out_specs=spec("BTNH"),
         check_vma=False,  # each device runs its loops over keys to its own end
-    )(q, k, v, relayout(segments, "BS"))
+    )
+    return run(q, k, v, relayout(segments, "BS"), *([] if window is None else [jnp.asarray(window, jnp.int32)]))
 
 
-def _backend(attention: Attention) -> Callable[..., Array]:
+def _backend(attention: Attention, scores: Scores, window: Array | None = None) -> Callable[..., Array]:
+    if attention.backend == "blockwise":
+        return functools.partial(blockwise.attend, scores=scores, window=window)
+    assert (scores.cap, window) == (None, None), "backends.check lets nothing else come here"
     if attention.backend == "cudnn":
-        return functools.partial(cudnn.attend, most=attention.segments)
-    return {"splash": splash.attend, "blockwise": blockwise.attend}[attention.backend]
+        return functools.partial(cudnn.attend, most=attention.segments, scores=scores)
+    return functools.partial(splash.attend, scores=scores)
 
 
 def query_order(length: int, shards: int) -> Int[np.ndarray, "R c t"]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxdistill.models.attention import OUTPUT_NAME
+from jaxdistill.models.attention import OUTPUT_NAME, PLAIN, Scores
 
 HEAD_DIMS = (64, 128)  # those that the kernel was compiled for
 _BLOCK = 1024  # positions of queries and of keys in a tile; tiles of 2048 do not fit a TPU's VMEM
@@ -25,6 +25,7 @@ def attend(
     segments: Int[Array, "B S"],
     order: Int[np.ndarray, "R c t"],
     shard: int | Int[Array, ""],
+    scores: Scores = PLAIN,
 ) -> Float[Array, "B T N H"]:
     """Attention of one device's queries. Arguments as of `blockwise.attend`; `misfit` says which lengths are possible.
 
@@ -35,7 +36,7 @@ def attend(
 
     def one_row(row: tuple[Array, ...]) -> Array:
         q, k, v, query_segments, segments = row
-        q_NTH, k_KSH, v_KSH = (x.swapaxes(0, 1) for x in (q * q.shape[-1] ** -0.5, k, v))
+        q_NTH, k_KSH, v_KSH = (x.swapaxes(0, 1) for x in (q * scores.scale_of(q.shape[-1]), k, v))
         return kernel(q_NTH, k_KSH, v_KSH, segment_ids=segment_ids(query_segments, segments)).swapaxes(0, 1)
 
     return jax.lax.map(one_row, (q, k, v, query_segments, segments))

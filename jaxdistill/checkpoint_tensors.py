@@ -1,0 +1,112 @@
+"""The weights of a checkpoint, read and written tensor by tensor: the host holds one, however large the model."""
+
+import asyncio
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+from orbax.checkpoint.type_handlers import NumpyHandler
+
+from jaxdistill import checkpoint, hf, weights
+from jaxdistill.hf_tensors import Part, Source, Stacked, Tensors, check, parts, read_part
+from jaxdistill.models import decoder
+from jaxdistill.models.config import Config
+
+
+@contextlib.contextmanager
+def open_model(model: Path, step: int | None = None) -> Iterator[tuple[Source, Config]]:
+    """The tensors of a model by Hugging Face name, and its architecture; arguments and errors as of `load_model`."""
+    c, _ = hf.read_config(checkpoint.base_of(model))
+    template = decoder.template(c)
+    if (found := checkpoint.locate(model, step)) is not None:
+        yield _of_checkpoint(*found, template), c
+        return
+    with Tensors(model) as tensors:
+        check(template, tensors.shapes(), str(model))
+        yield tensors, c
+
+
+def _of_checkpoint(state: Path, tree: str, template: decoder.Params) -> Source:
+    """The tensors in a checkpoint of Orbax.
+
+    What is read of it are whole chunks. Those that `checkpoint.save_args` asks for hold one layer; before it did, a
+    device's part of all layers was one.
+    """
+    base = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{state.absolute()}/"}}
+    opened = {}
+    for leaf, (path, _) in enumerate(jax.tree.leaves_with_path(template, is_leaf=weights.is_declared)):
+        place = ".".join([tree, *(key.name for key in path)])  # type: ignore[attr-defined]
+        spec = {"driver": "zarr", "kvstore": {**base, "path": f"{place}/"}, "recheck_cached_data": False}
+        opened[leaf] = tensorstore.open(spec, read=True, open=True).result()
+    return Stacked(template, lambda leaf, index: opened[leaf][index].read().result())
+
+
+def write(phase: Path, tensors: Source, template: decoder.Params, dtype: Any) -> None:
+    """Writes tensors as the checkpoint of step 0 of a phase's folder, in our layout, one at a time."""
+    declared, tree = jax.tree.flatten(template, is_leaf=weights.is_declared)
+    homes: dict[int, list[tuple[str, list[Part], Part]]] = {leaf: [] for leaf in range(len(declared))}
+    for name, held in parts(template).items():
+        for part in held:
+            homes[part.leaf].append((name, held, part))
+
+    def unread(leaf: int) -> _Unread:
+        def read(i: int) -> np.ndarray:
+            return np.ascontiguousarray(read_part(tensors, *homes[leaf][i])).astype(dtype, copy=False)
+
+        return _Unread(declared[leaf].shape, np.dtype(dtype), declared[leaf].dims.startswith("L"), read)
+
+    params = jax.tree.unflatten(tree, [unread(leaf) for leaf in range(len(declared))])
+    state = {checkpoint.RESULT: params}
+    handlers = ocp.type_handlers.create_type_handler_registry(
+        (jax.Array, ocp.type_handlers.ArrayHandler()), (_Unread, _Writer())
+    )
+    items = {
+        "state": ocp.PyTreeCheckpointHandler(type_handler_registry=handlers),
+        "input": ocp.JsonCheckpointHandler(),
+    }
+    with ocp.CheckpointManager(checkpoint.steps_folder(phase), item_handlers=items) as manager:
+        saved = ocp.args.PyTreeSave(state, save_args=checkpoint.save_args(state))
+        facts = ocp.args.JsonSave({"result": checkpoint.RESULT})
+        manager.save(0, args=ocp.args.Composite(state=saved, input=facts), force=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Unread:
+    """A weight that is read while it is written; to Orbax it looks like an array."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    stacked: bool
+    read: Callable[[int], np.ndarray]  # one layer, or with 0 a weight that has none
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape))
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+
+class _Writer(NumpyHandler):
+    """Orbax's way to write host arrays, but a layer after the other instead of all that there is at once."""
+
+    def __init__(self):
+        super().__init__(deepcopy_host_arrays=False)
+        self._turn = asyncio.Semaphore(1)
+
+    async def _open_and_write(self, value: _Unread, tspec: dict[str, Any], ts_context: Any) -> None:  # type: ignore[override]
+        async with self._turn:
+            array = await tensorstore.open(tensorstore.Spec(tspec), create=True, open=True, context=ts_context)
+            for i in range(value.shape[0] if value.stacked else 1):
+                await array[i if value.stacked else ...].write(value.read(i))
