@@ -1,5 +1,6 @@
 """The kernels of TPUs and GPUs on a CPU, for tests: tokamax's step by step, cuDNN's by what its arguments mean."""
 
+import importlib.metadata
 import importlib.util
 from typing import Any
 
@@ -8,8 +9,9 @@ import jax.numpy as jnp
 import pytest
 from einops import rearrange, repeat
 from jax.experimental.pallas import tpu as pltpu
+from packaging.version import Version
 
-from jaxdistill.models.attention import splash
+from jaxdistill.models.attention import mosaic, splash
 
 
 def emulate(backend: str, patch: pytest.MonkeyPatch) -> None:
@@ -21,12 +23,25 @@ def emulate(backend: str, patch: pytest.MonkeyPatch) -> None:
         patch.setattr(splash, "_INTERPRET", pltpu.InterpretParams())
     elif backend == "cudnn":
         _lower_cudnn_to_cpu()
+    elif backend == "mosaic":
+        require("tokamax", "0.0.16")
+        base, _ = mosaic._operations()
+        patch.setattr(mosaic, "_operations", lambda: (base, base.DotProductAttention(vjp=_mosaic_vjp)))
 
 
-def require(package: str) -> None:
-    """Skips the test where a package is missing; does not import it."""
+def require(package: str, version: str = "0") -> None:
+    """Skips the test where a package is missing or older; does not import it."""
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed")
+    if version != "0" and Version(importlib.metadata.version(package)) < Version(version):
+        pytest.skip(f"{package} is {importlib.metadata.version(package)}; the test needs {version}, for Python 3.12")
+
+
+def _mosaic_vjp(residuals: Any, out: Any, d_out: Any, q: Any, k: Any, v: Any, **settings: Any) -> dict[str, Any]:
+    """What tokamax's kernels are told, by its own formula of the forward pass."""
+    base, _ = mosaic._operations()
+    attend = lambda *qkv: base.DotProductAttention()._fwd(*qkv, **settings, config=None)[0]  # noqa: E731
+    return dict(zip("qkv", jax.vjp(attend, q, k, v)[1](d_out), strict=True))
 
 
 def _lower_cudnn_to_cpu() -> None:

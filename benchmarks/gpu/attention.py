@@ -1,4 +1,4 @@
-"""Is attention right on this device? cuDNN's packed kernel against the blockwise reference, outputs and gradients."""
+"""Is attention right on this device? Each packed kernel against the blockwise reference, outputs and gradients."""
 
 import argparse
 import functools
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import shapes
 
-from jaxdistill.models.attention import blockwise, cudnn
+from jaxdistill.models.attention import Backend, backends, blockwise, cudnn, mosaic
 from jaxdistill.models.attention.packed import query_order
 
 _MOST = 17  # documents of a row, its padding included
@@ -26,13 +26,20 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="tiny, and the reference against itself")
     options = parser.parse_args()
     tokens = 256 if options.smoke else 4096
+    kernels: dict[Backend, Any] = {"blockwise": blockwise.attend} if options.smoke else _kernels()
     found = [
-        _compare(tokens, documents, *heads, reference=options.smoke)
+        _compare(name, kernel, tokens, documents, *heads)
+        for name, kernel in kernels.items()
         for heads in (_HEADS[-1:] if options.smoke else _HEADS)
         for documents in shapes.DOCUMENTS
     ]
     if not options.smoke:
-        found += [_time(tokens, documents) for tokens in shapes.ROWS for documents in shapes.DOCUMENTS]
+        found += [
+            _time(name, kernel, tokens, documents)
+            for tokens in shapes.ROWS
+            for documents in shapes.DOCUMENTS
+            for name, kernel in kernels.items()
+        ]
     options.out.write_text(json.dumps(found))
     wrong = [one for one in found if not one.get("error", 0) < _TOLERANCE]  # NaN is wrong too
     if wrong:
@@ -50,14 +57,19 @@ def _inputs(tokens: int, documents: int, N: int, K: int, H: int) -> tuple[list[j
     return arrays, jnp.asarray(segments)
 
 
+def _kernels() -> dict[Backend, Any]:
+    """Those that this installation has for this device."""
+    found: dict[Backend, Any] = {"cudnn": functools.partial(cudnn.attend, most=_MOST), "mosaic": mosaic.attend}
+    return {name: kernel for name, kernel in found.items() if not backends.unavailable(name, jax.devices()[0])}
+
+
 def _attend(backend: Any, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
     return backend(q, k, v, segments, query_order(q.shape[1], 1), 0)
 
 
-def _compare(tokens: int, documents: int, N: int, K: int, H: int, reference: bool) -> dict[str, Any]:
+def _compare(name: str, kernel: Any, tokens: int, documents: int, N: int, K: int, H: int) -> dict[str, Any]:
     """The largest relative error of the output and the gradients, of what the kernel gives in bfloat16."""
     (q, k, v, d_out), segments = _inputs(tokens, documents, N, K, H)
-    kernel = blockwise.attend if reference else functools.partial(cudnn.attend, most=_MOST)
 
     def outputs(backend: Any, *arrays: jax.Array) -> list[jax.Array]:
         out, backward = jax.vjp(lambda q, k, v: _attend(backend, q, k, v, segments), *arrays)
@@ -72,22 +84,21 @@ def _compare(tokens: int, documents: int, N: int, K: int, H: int, reference: boo
         for a, b in zip(first, expected, strict=True)
     ]
     return {
-        "check": f"{tokens} tokens, {documents} documents, {N} heads, {K} of keys, {H} wide",
+        "check": f"{name}: {tokens} tokens, {documents} documents, {N} heads, {K} of keys, {H} wide",
         "error": max(errors, key=lambda error: (error != error, error)),
         "errors": dict(zip(("out", "dq", "dk", "dv"), errors, strict=True)),
         "repeats_bitwise": all(bool((a == b).all()) for a, b in zip(first, second, strict=True)),
     }
 
 
-def _time(tokens: int, documents: int) -> dict[str, Any]:
+def _time(name: str, kernel: Any, tokens: int, documents: int) -> dict[str, Any]:
     """Seconds of forward and backward pass, and the rate by the FLOPs of the documents' causal halves."""
     N, K, H = _HEADS[0]
     (q, k, v, d_out), segments = _inputs(tokens, documents, N, K, H)
-    backend = functools.partial(cudnn.attend, most=_MOST)
 
     @jax.jit
     def both(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
-        return jax.vjp(lambda q, k, v: _attend(backend, q, k, v, segments), q, k, v)[1](d_out)
+        return jax.vjp(lambda q, k, v: _attend(kernel, q, k, v, segments), q, k, v)[1](d_out)
 
     jax.block_until_ready(both(q, k, v))
     seconds = []
@@ -98,7 +109,7 @@ def _time(tokens: int, documents: int) -> dict[str, Any]:
     used = shapes.lengths(tokens - tokens // 10, documents)
     flops = 3.5 * sum(2 * N * H * n * n for n in used)
     taken = float(np.median(seconds))
-    return {"tokens": tokens, "documents": documents, "seconds": taken, "tflops": flops / taken / 1e12}
+    return {"kernel": name, "tokens": tokens, "documents": documents, "seconds": taken, "tflops": flops / taken / 1e12}
 
 
 if __name__ == "__main__":

@@ -65,10 +65,11 @@ def _attention(found: Iterable[Mapping[str, Any]]) -> Iterable[str]:
             timed.append(one)
     if timed:
         yield ""
-        yield "| row | documents | forward and backward, ms | TFLOP/s |"
-        yield "|---|---|---|---|"
+        yield "| kernel | row | documents | forward and backward, ms | TFLOP/s |"
+        yield "|---|---|---|---|---|"
     for one in timed:
-        yield f"| {one['tokens']:,} | {one['documents']} | {one['seconds'] * 1e3:.2f} | {one['tflops']:.0f} |"
+        row = f"{one['tokens']:,} | {one['documents']} | {one['seconds'] * 1e3:.2f} | {one['tflops']:.0f}"
+        yield f"| {one['kernel']} | {row} |"
 
 
 def _steps(steps: list[dict[str, Any]], peers: list[dict[str, Any]], peak: Mapping[str, Any] | None) -> Iterable[str]:

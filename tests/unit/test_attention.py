@@ -24,7 +24,7 @@ from jaxdistill.models.attention import (
 )
 from jaxdistill.models.attention.packed import packed_attention, query_order
 from jaxdistill.models.remat import Remat, saving
-from jaxdistill.plan import ahead
+from jaxdistill.plan import ahead, cuda, hardware
 
 # The documents of each row. Blocks are 16 queries by 16 keys, from rows of 128 on by 32.
 ROWS = {
@@ -112,7 +112,7 @@ def test_large_scores_do_not_overflow():
 
 # --- the kernels of TPUs and GPUs, emulated --------------------------------------------------------------------------
 
-KERNELS = ("splash", "cudnn")
+KERNELS = ("splash", "cudnn", "mosaic")
 # Splash cuts rows of 512 into tiles of 128
 KERNEL_ROWS = [[512], [128, 256, 128], [8] * 64, [127, 130, 3]]
 
@@ -124,6 +124,13 @@ def test_each_document_is_as_if_alone_in_a_kernel(
 ):
     kernels.emulate(backend, monkeypatch)
     check(512, KERNEL_ROWS, N, K, H, Attention(backend=backend, segments=64))
+
+
+@pytest.mark.parametrize("context", get_args(ContextParallelism))
+def test_windows_caps_and_parts_of_rows_in_mosaic(context: ContextParallelism, monkeypatch: pytest.MonkeyPatch):
+    kernels.emulate("mosaic", monkeypatch)
+    how = Attention(backend="mosaic", context=context)
+    check(128, [[70, 40], [128]], 4, 4, 16, how, {"data": 2, "context": 2, "tensor": 2}, Scores(0.3, 1.5), window=37)
 
 
 @pytest.mark.parametrize("shards", [2, 4])
@@ -151,26 +158,42 @@ def count(primitive: str, jaxpr: Any) -> int:
     return sum(equation.primitive.name.startswith(primitive) for equation in ahead.equations(jaxpr))
 
 
-@pytest.mark.parametrize(("backend", "kernel"), [("splash", "pallas_call"), ("cudnn", "dot_product_attention")])
-def test_saved_output_spares_the_forward_kernel(backend: Backend, kernel: str):
-    """By name, and with it what else the backward pass needs; otherwise the kernel would run twice."""
+@pytest.mark.parametrize(
+    ("backend", "kernel", "forward", "backward"),
+    [("splash", "pallas_call", 1, 1), ("cudnn", "dot_product_attention", 1, 1), ("mosaic", "mpmd_map", 2, 2)],
+)
+def test_saved_output_spares_the_forward_kernel(
+    backend: Backend, kernel: str, forward: int, backward: int, monkeypatch: pytest.MonkeyPatch
+):
+    """By name, and with it what else the backward pass needs; otherwise the kernel would run twice.
+
+    tokamax's forward operation in Mosaic holds its kernel twice, the second time as it is for a batch; its backward
+    one consists of two kernels.
+    """
     if backend == "splash":
         kernels.require("tokamax")
+    if backend == "mosaic":
+        kernels.require("jax_cuda13_plugin")
+        kernels.require("tokamax", "0.0.16")
+        [h100] = cuda.devices(hardware.parse("h100"))
+        monkeypatch.setattr("jax.extend.backend.get_default_device", lambda: h100)
+        monkeypatch.setattr("tokamax._src.ops.op.infer_devices", lambda _: set())
     q, k, v, _ = draw(1, 512, 4, 2, 64)
     segments = segment_ids([[300, 212]], 512)
     with tiny.mesh():
-        q, k, v, segments = (sharding.put(x, "BTNH"[: x.ndim]) for x in (q, k, v, segments))
+        q, k, v = (sharding.put(x.astype(jnp.bfloat16), "BTNH") for x in (q, k, v))
+        segments = sharding.put(segments, "BT")
 
         def layer(x: Array, scale: Array) -> tuple[Array, None]:
             return packed_attention(x * scale, k, v, segments, Attention(backend=backend)), None
 
         def kernels_run(remat: Remat) -> int:
-            loss = lambda q: jnp.sum(saving(remat, layer)(q, jnp.float32(2))[0])  # noqa: E731
+            loss = lambda q: jnp.sum(saving(remat, layer)(q, jnp.bfloat16(2))[0])  # noqa: E731
             return count(kernel, jax.make_jaxpr(jax.grad(loss))(q).jaxpr)
 
-        assert kernels_run("full") == 3
-        assert kernels_run("attention") == 2
-        assert kernels_run("matmuls") == 2
+        assert kernels_run("full") == 2 * forward + backward
+        assert kernels_run("attention") == forward + backward
+        assert kernels_run("matmuls") == forward + backward
 
 
 def test_documents_in_the_memory_of_a_batch():

@@ -12,7 +12,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding
 
 from jaxdistill import sharding
-from jaxdistill.models.attention import Attention, ContextParallelism, backends
+from jaxdistill.models.attention import Attention, ContextParallelism, backends, mosaic
 from jaxdistill.models.attention.packed import packed_attention
 from jaxdistill.plan import cuda, hardware
 
@@ -48,6 +48,18 @@ def test_splash_compiles_for_tpus(context: ContextParallelism, monkeypatch: pyte
     attention = Attention(backend="splash", context=context)
     program = compile_for(devices, {"data": 2, "context": 2}, attention, B=2, T=4096, N=8, K=2, H=64)
     assert program.count('custom_call_target="tpu_custom_call"') == 2, "a forward and a backward kernel"
+
+
+@pytest.mark.parametrize("sizes", [{"data": 2}, {"context": 2}], ids=str)
+@pytest.mark.parametrize("H", mosaic.HEAD_DIMS)
+def test_mosaic_compiles_for_h100(H: int, sizes: dict[str, int], monkeypatch: pytest.MonkeyPatch):
+    kernels.require("jax_cuda13_plugin")
+    kernels.require("tokamax", "0.0.16")
+    devices = cuda.devices(hardware.parse("h100x2"))
+    assert backends.unavailable("mosaic", devices[0]) is None
+    monkeypatch.setattr("jax.extend.backend.get_default_device", lambda: devices[0])  # which tokamax asks what it is
+    program = compile_for(devices, sizes, Attention(backend="mosaic"), B=2, T=4096, N=8, K=2, H=H)
+    assert program.count('custom_call_target="mosaic_gpu') >= 3, "a forward kernel, and two of the backward pass"
 
 
 @pytest.mark.parametrize(

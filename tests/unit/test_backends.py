@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import tiny
@@ -34,8 +34,9 @@ def test_each_platform_has_its_own():
 
 @pytest.mark.parametrize("device", [TPU, H100, A100, MI300, CPU], ids=lambda device: device.device_kind)
 def test_what_is_available(device: Any):
-    available = [b for b in ("splash", "cudnn", "blockwise") if backends.unavailable(b, device) is None]
-    assert available == [b for b, kind in (("splash", TPU), ("cudnn", H100)) if kind is device] + ["blockwise"]
+    available = [b for b in get_args(Backend) if backends.unavailable(b, device) is None]
+    own = [b for b, kind in (("splash", TPU), ("cudnn", H100), ("mosaic", H100)) if kind is device]
+    assert available == [*own, "blockwise"]
 
 
 def test_interpreting_splash_is_nothing_that_a_user_can_ask_for():
@@ -46,7 +47,13 @@ def test_interpreting_splash_is_nothing_that_a_user_can_ask_for():
 def test_what_is_missing(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(backends, "version_of", lambda package: None)
     assert "tokamax: pip install" in (backends.unavailable("splash", TPU) or "")
-    assert "capability 9.0 (H100) on, found 8.0" in (backends.unavailable("cudnn", A100) or "")
+    for backend in ("cudnn", "mosaic"):
+        assert "capability 9.0 (H100) on, found 8.0" in (backends.unavailable(backend, A100) or "")
+    for found in (None, "0.0.12"):
+        monkeypatch.setattr(backends, "version_of", lambda package, found=found: found)
+        assert f"tokamax 0.0.16 or newer, for Python 3.12, found {found}" in (
+            backends.unavailable("mosaic", H100) or ""
+        )
     for found in (None, 90_500):
         monkeypatch.setattr(backends, "cudnn_version", lambda found=found: found)
         assert f"cuDNN 90600 or newer, found {found}" in (backends.unavailable("cudnn", H100) or "")
@@ -71,7 +78,7 @@ def check(
     dtype: str = "bfloat16",
 ) -> None:
     c = dataclasses.replace(tiny.config("qwen2"), heads=heads[0], kv_heads=heads[1], head_dim=head_dim)
-    device = {"splash": TPU, "cudnn": H100, "blockwise": CPU}[backend]
+    device = {"splash": TPU, "cudnn": H100, "mosaic": H100, "blockwise": CPU}[backend]
     attention = Attention(backend=backend, context=context)
     backends.check(attention, c, tiny.ONE_DEVICE | (mesh or {}), rows, row_tokens, dtype, device)
 
@@ -85,6 +92,7 @@ def test_what_fits():
     check("splash", {"context": 8}, row_tokens=32_768, head_dim=128)
     check("cudnn", row_tokens=777)
     check("cudnn", {"data": 2, "context": 4}, "ulysses")
+    check("mosaic", {"data": 2, "context": 4}, head_dim=256, row_tokens=776)
 
 
 def test_splash_cuts_a_row_into_four_blocks_of_keys_or_more():
@@ -109,6 +117,11 @@ def test_splash_cuts_a_row_into_four_blocks_of_keys_or_more():
         ({"backend": "splash", "row_tokens": 4096, "mesh": {"context": 3}}, r"rows of 4096 tokens .* is 4608"),
         ({"backend": "cudnn", "mesh": {"context": 2}}, r"cudnn computes whole rows; .* needs step.context ulysses"),
         ({"backend": "cudnn", "dtype": "float32"}, r"step.compute_dtype is float32, cudnn computes in bfloat16"),
+        ({"backend": "mosaic", "dtype": "float32"}, r"step.compute_dtype is float32, mosaic computes in bfloat16"),
+        (
+            {"backend": "mosaic", "head_dim": 96},
+            r"head_dim is 96, mosaic is known to work with 64, 128, 256; use cudnn",
+        ),
         ({"backend": "cudnn", "head_dim": 260}, r"head_dim is 260, cudnn needs a multiple of 8"),
         (
             {"backend": "cudnn", "rows": 1024, "row_tokens": 4096},
@@ -121,3 +134,15 @@ def test_what_does_not_fit(arguments: dict[str, Any], message: str):
     found = rf"step.attention {arguments['backend']}: .*{message}.*; available here: .*blockwise"
     with pytest.raises(UserError, match=found):
         check(**arguments)
+
+
+def test_windows_and_soft_caps_are_not_every_backends():
+    plain = tiny.config("qwen2", max_position_embeddings=4096)
+    capped = dataclasses.replace(plain, head_dim=64, score_cap=50.0)
+    windowed = dataclasses.replace(plain, head_dim=64, window=1024, windowed=(True, False))
+    cases: list[tuple[Backend, Any, str]] = [("splash", TPU, "blockwise"), ("cudnn", H100, "mosaic")]
+    for backend, device, other in cases:
+        for c, what in ((capped, "caps scores"), (windowed, "looks back 1024 of 4096 positions")):
+            with pytest.raises(UserError, match=f"qwen2 {what}, which {backend} does not; set step.attention {other}"):
+                backends.check(Attention(backend=backend), c, tiny.ONE_DEVICE, 8, 4096, "bfloat16", device)
+            backends.check(Attention(backend="mosaic"), c, tiny.ONE_DEVICE, 8, 4096, "bfloat16", H100)

@@ -10,7 +10,7 @@ Attend = Callable[[Array, Array, Array], tuple[Array, Any]]  # q, k, v -> output
 
 OUTPUT_NAME = "attention_output"  # remat policies save it, and what the backward pass needs beside it, by this name
 
-Backend = Literal["splash", "cudnn", "blockwise"]
+Backend = Literal["splash", "cudnn", "mosaic", "blockwise"]
 ContextParallelism = Literal["all_gather", "ulysses"]
 
 

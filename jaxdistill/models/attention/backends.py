@@ -9,10 +9,11 @@ from typing import Any, get_args
 from packaging.version import Version
 
 from jaxdistill.errors import UserError
-from jaxdistill.models.attention import Attention, Backend, cudnn, splash
+from jaxdistill.models.attention import Attention, Backend, cudnn, mosaic, splash
 from jaxdistill.models.config import Config
 
 OWN: Mapping[str, Backend] = {"tpu": "splash", "gpu": "cudnn", "cpu": "blockwise"}
+_MOSAIC_VERSION = Version("0.0.16")
 _CUDNN_VERSION = 90_600  # 9.6.0, the first that takes packed sequences (jax's tests/fused_attention_stablehlo_test.py)
 
 
@@ -46,12 +47,19 @@ def unavailable(backend: Backend, device: Any) -> str | None:
             # Its last version for Python 3.11 asks for a typeguard that tyro does not go with
             package = "-e .[tpu]" if sys.version_info >= (3, 12) else "--no-deps tokamax==0.0.12"
             return f"splash needs the package tokamax: pip install {package}"
-    if backend == "cudnn":
+    if backend in ("cudnn", "mosaic"):
         if device.platform != "gpu":
-            return f"cudnn runs on NVIDIA GPUs, found {device.device_kind}"
+            return f"{backend} runs on NVIDIA GPUs, found {device.device_kind}"
         capability = str(device.compute_capability)  # of AMD's GPUs a name, as gfx942
         if not re.fullmatch(r"\d+\.\d+", capability) or float(capability) < 9.0:
-            return f"cudnn packs documents from compute capability 9.0 (H100) on, found {capability}"
+            return f"{backend} packs documents from compute capability 9.0 (H100) on, found {capability}"
+    if backend == "mosaic":
+        found = version_of("tokamax")
+        if found is None or Version(found) < _MOSAIC_VERSION:
+            return (
+                f"mosaic needs tokamax {_MOSAIC_VERSION} or newer, for Python 3.12, found {found}: pip install tokamax"
+            )
+    if backend == "cudnn":
         found = cudnn_version()
         if found is None or found < _CUDNN_VERSION:
             return f"cudnn needs cuDNN {_CUDNN_VERSION} or newer, found {found}: pip install -U -e .[cuda13]"
@@ -67,6 +75,8 @@ def describe(backend: Backend) -> str:
         return f"splash of tokamax {found}" + f", which {lacking}" * old
     if backend == "cudnn":
         return f"cudnn of cuDNN {cudnn_version()}"
+    if backend == "mosaic":
+        return f"mosaic of tokamax {version_of('tokamax')}"
     return backend
 
 
@@ -113,9 +123,10 @@ def check(
 def _misfit(
     attention: Attention, c: Config, mesh: Mapping[str, int], rows: int, row_tokens: int, dtype: str
 ) -> str | None:
-    if attention.backend != "blockwise" and (c.score_cap is not None or c.windows(row_tokens)):
+    if attention.backend in ("splash", "cudnn") and (c.score_cap is not None or c.windows(row_tokens)):
         what = "caps scores" if c.score_cap is not None else f"looks back {c.window} of {row_tokens} positions"
-        return f"{c.model_type} {what}, which only blockwise computes; set step.attention blockwise"
+        other = "mosaic" if attention.backend == "cudnn" else "blockwise"
+        return f"{c.model_type} {what}, which {attention.backend} does not; set step.attention {other}"
     shards, N, K = mesh["context"], c.heads // mesh["tensor"], c.kv_heads // mesh["tensor"]
     ulysses = attention.context == "ulysses"
     if ulysses and (N % shards or (K % shards and shards % K)):
@@ -125,6 +136,8 @@ def _misfit(
         )
     if attention.backend == "splash":
         return splash.misfit(row_tokens, 1 if ulysses or shards == 1 else 2 * shards, c.head_dim)
+    if attention.backend == "mosaic":
+        return mosaic.misfit(c.head_dim, dtype)
     if attention.backend == "cudnn":
         if shards > 1 and not ulysses:
             return "cudnn computes whole rows; where mesh.context splits them it needs step.context ulysses"

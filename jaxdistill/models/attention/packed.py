@@ -10,7 +10,7 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from jaxdistill import sharding
-from jaxdistill.models.attention import PLAIN, Attention, Scores, blockwise, cudnn, splash
+from jaxdistill.models.attention import PLAIN, Attention, Scores, blockwise, cudnn, mosaic, splash
 from jaxdistill.sharding import relayout, spec
 
 
@@ -30,7 +30,7 @@ def packed_attention(
       attention: the backend, and what moves where rows are split. "all_gather": keys and values to every device,
         queries stay. "ulysses" (arXiv 2309.14509): positions are exchanged for heads, so each device sees whole rows
         of its heads; key/value heads are repeated where they are fewer than the devices.
-      scores: what only blockwise computes is refused for the other backends at the start (`backends.check`).
+      scores: what a backend does not compute is refused at the start (`backends.check`).
       window: a query sees so many keys at most, its own the last of them; all of its document's by default.
     """
     if jax.sharding.get_abstract_mesh().shape["context"] == 1:
@@ -47,8 +47,9 @@ def packed_attention(
 
 
 def _backend(attention: Attention, scores: Scores, window: Array | None = None) -> Callable[..., Array]:
-    if attention.backend == "blockwise":
-        return functools.partial(blockwise.attend, scores=scores, window=window)
+    if attention.backend in ("blockwise", "mosaic"):
+        attend = blockwise.attend if attention.backend == "blockwise" else mosaic.attend
+        return functools.partial(attend, scores=scores, window=window)
     assert (scores.cap, window) == (None, None), "backends.check lets nothing else come here"
     if attention.backend == "cudnn":
         return functools.partial(cudnn.attend, most=attention.segments, scores=scores)
