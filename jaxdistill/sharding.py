@@ -94,9 +94,10 @@ _rows_are_whole = contextvars.ContextVar("_rows_are_whole", default=False)
 
 @contextlib.contextmanager
 def whole_rows() -> Iterator[None]:
-    """Within it every device along context computes whole rows: when sampling, where a row is a token or a few.
+    """Within it every device along context computes whole rows, with weights that are not split along it.
 
-    It holds while a program is traced.
+    That is for sampling, where a row is a token or a few, and a step would gather weights for each. It holds while a
+    program is traced.
     """
     token = _rows_are_whole.set(True)
     try:
@@ -107,8 +108,8 @@ def whole_rows() -> Iterator[None]:
 
 def spec(dims: str, table: Mapping[str, MeshAxes] = COMPUTE) -> jax.P:
     """The partition of a tensor whose dimensions are the letters `dims`."""
-    if _rows_are_whole.get() and table is COMPUTE:
-        table = {**COMPUTE, "T": None}
+    if _rows_are_whole.get():
+        table = {**table, "T": None, "D": "fsdp" if table is STORAGE else None}
     return jax.P(*(table.get(letter) for letter in dims))
 
 

@@ -91,10 +91,8 @@ def compile_decoding(
         total = ahead.total_bytes(compiled.memory_analysis())
         of_weights = sum(ahead.device_bytes(x, x.sharding.spec) for x in jax.tree.leaves(params))
     sent = collectives.read(compiled.as_text())
-    # A device computes with whole rows of its tensor share, wherever the rest of them is stored
-    read = (
-        of_weights * sizes["fsdp"] * sizes["context"] + slots // shards * live_tokens * page_bytes / config.page_tokens
-    )
+    # A device computes with all of its tensor share, wherever along fsdp the rest of it is stored
+    read = of_weights * sizes["fsdp"] + slots // shards * live_tokens * page_bytes / config.page_tokens
     chip, share = hardware.chip, roofline.EFFICIENCY[hardware.chip.platform]
     roofline_s = read / (chip.memory_bandwidth / chip.devices)
     wire_s = sum(s.wire_bytes / (roofline.wire_bandwidth(hardware, sizes, s.group) * share.wire) for s in sent)

@@ -57,7 +57,7 @@ class Drawn:
 
 
 def per_layer(params: decoder.Params, c: Config, dtype: Any, weight_dtype: MatmulDtype = "compute") -> decoder.Params:
-    """The weights in compute dtype, with an array of its own for each layer.
+    """The weights in compute dtype, with an array of its own for each layer, and not split along context.
 
     A step unrolls its layers: a slice of stacked weights would be copied, in each layer of each step.
 
@@ -66,18 +66,28 @@ def per_layer(params: decoder.Params, c: Config, dtype: Any, weight_dtype: Matmu
         norms and biases.
     """
 
+    def stored(w: Array, declared: weights.Declared) -> Array:
+        return jax.sharding.reshard(w, spec(declared.layer_dims.replace(" ", ""), sharding.STORAGE))
+
     @functools.partial(jax.jit, static_argnums=1)
     def split(w: Array, declared: weights.Declared) -> tuple[Any, ...]:
-        parts = [w[i] for i in range(c.layers)]
-        if weight_dtype == "compute" or len(declared.hf_shape) < 2:
-            return tuple(part.astype(dtype) for part in parts)
-        return tuple(quantized.weight(part, declared, weight_dtype) for part in parts)
+        with sharding.whole_rows():
+            if weight_dtype == "compute" or len(declared.hf_shape) < 2:
+                return tuple(stored(w[i].astype(dtype), declared) for i in range(c.layers))
+            parts = [quantized.weight(w[i], declared, weight_dtype) for i in range(c.layers)]
+            return tuple(dataclasses.replace(part, values=stored(part.values, declared)) for part in parts)
 
-    declared, structure = jax.tree.flatten(decoder.template(c).blocks, is_leaf=weights.is_declared)
+    @functools.partial(jax.jit, static_argnums=1)
+    def whole(w: Array, declared: weights.Declared) -> Array:
+        with sharding.whole_rows():
+            return stored(w.astype(dtype), declared)
+
+    template = decoder.template(c)
+    declared, structure = jax.tree.flatten(template.blocks, is_leaf=weights.is_declared)
     parts = [split(*pair) for pair in zip(jax.tree.leaves(params.blocks), declared, strict=True)]
     blocks = tuple(jax.tree.unflatten(structure, [part[i] for part in parts]) for i in range(c.layers))
-    others = jax.tree.map(lambda w: w.astype(dtype), dataclasses.replace(params, blocks=None))
-    return dataclasses.replace(others, blocks=blocks)
+    others = (dataclasses.replace(tree, blocks=None) for tree in (params, template))
+    return dataclasses.replace(jax.tree.map(whole, *others), blocks=blocks)
 
 
 def forward(

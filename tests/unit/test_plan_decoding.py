@@ -58,6 +58,9 @@ def test_pages_are_split_along_context_and_kept_in_8_bits():
     scales = 2 * 4 * C.layers * C.kv_heads
     assert found.cache == SLOTS * POSITIONS * (POSITION_BYTES // 2 + scales) // 16
     assert found.temporaries < 0.25 * found.cache
+    assert "all-gather" not in {one.kind for one in found.collectives if one.group == 4 and one.dtype != "f32"}, (
+        "weights are not gathered"
+    )
 
 
 def recipe(folder: Path, **changes: Any) -> PlanConfig:
