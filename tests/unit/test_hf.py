@@ -265,8 +265,8 @@ def test_the_host_holds_little_more_than_one_tensor_and_the_files_being_written(
 ):
     """Of host arrays: on a CPU the model itself is in host memory too, and elsewhere in that of the devices."""
     layers = 32
-    values = tiny.hf_config("qwen2", num_hidden_layers=layers, hidden_size=64, intermediate_size=512)
-    c = tiny.config("qwen2", num_hidden_layers=layers, hidden_size=64, intermediate_size=512)
+    values = tiny.hf_config("qwen2", num_hidden_layers=layers, hidden_size=64, intermediate_size=2048)
+    c = tiny.config("qwen2", num_hidden_layers=layers, hidden_size=64, intermediate_size=2048)
     source = tiny.write_folder(tmp_path / "source", values, tiny.values(c), c, with_tokenizer=False)
     largest = 4 * max(np.prod(shape) for shape in hf.Tensors(source).shapes().values())
     monkeypatch.setattr(hf, "_SHARD_BYTES", 4 * largest)
