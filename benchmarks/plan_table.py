@@ -1,11 +1,12 @@
-"""What the planner says of Qwen2.5-7B, 32B and 72B on slices of TPUs that are not here; needs no device.
+"""What the planner says of Qwen2.5-7B, 32B and 72B on TPUs and H100 that are not here; needs no device.
 
     .venv/bin/python benchmarks/plan_table.py
 
 For each case the planner searches meshes, remat policies and optimizer states, and compiles the ways that its formulas
 rank best until one fits. Documents are as long as the paper's answers, 8,016 tokens on average. The largest case takes
-some minutes on 2 CPU cores. Writes benchmarks/results/plan.md and plan.json; `--cases 7B:v5e:4x4:32768` runs some only
-and writes nothing but what it prints.
+a quarter of an hour on 2 CPU cores. Each case is written to benchmarks/results/plan.json and plan.md as it ends, with
+the commit and the versions that it was planned by; `--cases 7B:v5e:4x4:32768` plans some, `--missing` those that no row
+is there for. H100 need jax's CUDA plugin: run those by the interpreter of `make test-newest`.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import dataclasses
 import json
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +27,14 @@ from jaxdistill.train_config import TrainConfig
 RESULTS = Path(__file__).parent / "results"
 STEP_TOKENS, DOCUMENT_TOKENS = 2**21, 8016.0
 _GIB = 2**30
+Case = tuple[str, str, int]  # model, hardware, tokens of a row
 # hidden, mlp, layers, heads, key/value heads; untied, 152,064 words
 SHAPES = {
     "7B": (3584, 18_944, 28, 28, 4),
     "32B": (5120, 27_648, 64, 40, 8),
     "72B": (8192, 29_568, 80, 64, 8),
 }
-CASES = (
+CASES: tuple[Case, ...] = (
     ("7B", "v5e:4x4", 32_768),
     ("7B", "v5e:8x8", 131_072),
     ("7B", "v6e:8x8", 32_768),
@@ -46,6 +49,10 @@ CASES = (
     ("72B", "v6e:16x16", 32_768),
     ("72B", "tpu7x:4x4x4", 32_768),
     ("72B", "tpu7x:4x4x4", 131_072),
+    ("7B", "h100", 32_768),
+    ("7B", "h100x8", 32_768),
+    ("32B", "h100x64", 32_768),
+    ("72B", "h100x128", 32_768),
 )
 HEADER = ("model", "hardware", "row tokens", "mesh", "remat", "state", "GiB a device", "s a step", "MFU", "bound by")
 
@@ -127,30 +134,48 @@ def table(cases: list[dict[str, Any]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def read() -> list[dict[str, Any]]:
+    """The cases that were planned before."""
+    path = RESULTS / "plan.json"
+    return json.loads(path.read_text(encoding="utf-8"))["cases"] if path.is_file() else []
+
+
+def key(case: Mapping[str, Any]) -> Case:
+    return case["model"], case["hardware"], case["row_tokens"]
+
+
+def write(new: dict[str, Any]) -> None:
+    """Puts a case in its place among the others; the table's order is that of CASES, others come last."""
+    cases = {key(case): case for case in read()} | {key(new): new}
+    ordered = [cases[one] for one in (*CASES, *(cases.keys() - set(CASES))) if one in cases]
+    facts = {"step_tokens": STEP_TOKENS, "document_tokens": DOCUMENT_TOKENS}
+    manifest.write_json(RESULTS / "plan.json", facts | {"cases": ordered})
+    (RESULTS / "plan.md").write_text(
+        "# Plans for TPUs and H100 that are not here\n\n`benchmarks/plan_table.py`; plan.json has commit and versions of "
+        f"each case. {STEP_TOKENS:,} tokens a step, documents of {DOCUMENT_TOKENS:,.0f}. Memory is the compiler's; "
+        "times are a roofline with assumed efficiencies (from all communication hidden to none), measured nowhere.\n\n"
+        f"{table(ordered)}\n",
+        encoding="utf-8",
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=[], help="MODEL:HARDWARE:ROW_TOKENS, as 7B:v5e:4x4:32768")
-    asked = parser.parse_args().cases
-    cases = [(c.split(":", 1)[0], c.split(":", 1)[1].rsplit(":", 1)[0], int(c.rsplit(":", 1)[1])) for c in asked]
-    found: list[dict[str, Any]] = []
-    for name, target, row_tokens in cases or CASES:
-        with tempfile.TemporaryDirectory() as folder:
-            found.append(plan(name, target, row_tokens, Path(folder)))
-        print(json.dumps(found[-1]), flush=True)
-    print(table(found))
-    if asked:
-        return
+    parser.add_argument("--missing", action="store_true", help="only those that no row is there for")
+    asked = parser.parse_args()
+    parts = [(case.split(":", 1)[0], *case.split(":", 1)[1].rsplit(":", 1)) for case in asked.cases]
+    cases: Sequence[Case] = [(name, target, int(row_tokens)) for name, target, row_tokens in parts] or CASES
+    planned = {key(case) for case in read()} if asked.missing else set()
     versions = {k: v for k, v in manifest.versions().items() if k in ("python", "jax", "jaxlib", "libtpu", "tokamax")}
-    facts = {"commit": manifest.commit(), "versions": versions, "step_tokens": STEP_TOKENS}
-    manifest.write_json(RESULTS / "plan.json", facts | {"document_tokens": DOCUMENT_TOKENS, "cases": found})
-    named = ", ".join(f"{name} {version}" for name, version in versions.items())
-    (RESULTS / "plan.md").write_text(
-        f"# Plans for TPUs that are not here\n\n`benchmarks/plan_table.py` at commit {facts['commit']}; {named}. "
-        f"{STEP_TOKENS:,} tokens a step, documents of {DOCUMENT_TOKENS:,.0f}. Memory is the compiler's; times are a "
-        "roofline with assumed efficiencies (from all communication hidden to none), measured nowhere.\n\n"
-        f"{table(found)}\n",
-        encoding="utf-8",
-    )
+    for name, target, row_tokens in cases:
+        if (name, target, row_tokens) in planned:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            found = plan(name, target, row_tokens, Path(folder))
+        print(json.dumps(found), flush=True)
+        write(found | {"commit": manifest.commit(), "versions": versions})
+    print(table(read()))
 
 
 if __name__ == "__main__":
