@@ -152,8 +152,8 @@ def write(new: dict[str, Any]) -> None:
     manifest.write_json(RESULTS / "plan.json", facts | {"cases": ordered})
     (RESULTS / "plan.md").write_text(
         "# Plans for TPUs and H100 that are not here\n\n`benchmarks/plan_table.py`; plan.json says which commit and "
-        f"versions planned each case.\n{STEP_TOKENS:,} tokens a step, documents of {DOCUMENT_TOKENS:,.0f}. Memory is the compiler's; "
-        "times are a roofline with assumed efficiencies (from all communication hidden to none), measured nowhere.\n\n"
+        f"versions planned each case.\n{STEP_TOKENS:,} tokens a step, documents of {DOCUMENT_TOKENS:,.0f}. Memory is the "
+        "compiler's; times are a roofline with assumed efficiencies (from all communication hidden to none), measured nowhere.\n\n"
         f"{table(ordered)}\n",
         encoding="utf-8",
     )
