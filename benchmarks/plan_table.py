@@ -150,13 +150,14 @@ def write(new: dict[str, Any]) -> None:
     ordered = [cases[one] for one in (*CASES, *(cases.keys() - set(CASES))) if one in cases]
     facts = {"step_tokens": STEP_TOKENS, "document_tokens": DOCUMENT_TOKENS}
     manifest.write_json(RESULTS / "plan.json", facts | {"cases": ordered})
-    (RESULTS / "plan.md").write_text(
-        "# Plans for TPUs and H100 that are not here\n\n`benchmarks/plan_table.py`; plan.json says which commit and "
-        f"versions planned each case.\n{STEP_TOKENS:,} tokens a step, documents of {DOCUMENT_TOKENS:,.0f}. Memory is the "
-        "compiler's; times are a roofline with assumed efficiencies (from all communication hidden to none), measured nowhere.\n\n"
-        f"{table(ordered)}\n",
-        encoding="utf-8",
+    about = (
+        "`benchmarks/plan_table.py`; plan.json says which commit and versions planned each case. "
+        f"{STEP_TOKENS:,} tokens a step, documents of {DOCUMENT_TOKENS:,.0f}. "
+        "Memory is the compiler's; times are a roofline with assumed efficiencies (from all communication hidden to "
+        "none), measured nowhere."
     )
+    text = f"# Plans for TPUs and H100 that are not here\n\n{about}\n\n{table(ordered)}\n"
+    (RESULTS / "plan.md").write_text(text, encoding="utf-8")
 
 
 def main() -> None:
