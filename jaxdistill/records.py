@@ -16,7 +16,7 @@ SCHEMA = 1
 
 Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": text, "reasoning_content"?: text}
 FinishReason = Literal["stop", "length", "content_filter"]
-Label = Literal["correct", "wrong", "unverifiable"]
+Label = Literal["correct", "wrong", "unverifiable", "rated"]  # rated: by points alone
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,6 +107,8 @@ class Score:
     completion_id: str
     verdict: Verdict
     grader: str
+    points: float | None = None  # 0 to 1, of a judge; None: 1 if correct, else 0
+    judge: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # model, prompt, request and words of a judge
 
 
 Row = TypeVar("Row")

@@ -25,6 +25,8 @@ Reason = Literal[
     "box_changed",
     "code_changed",
     "wrong_language",
+    # of a judgement
+    "unreadable",
 ]
 
 

@@ -26,7 +26,8 @@ def reformat_gate(problem: Problem, question: str, solution: str, verifier: Veri
         gold = chosen_option(problem) or problem.answer or ""
         verdict = verifier.verify(solution, gold)
         if verdict.label != "correct":
-            return verdict.label, f"rule {verdict.rule}: found {verdict.extracted!r}, the original has {gold!r}"
+            reason = "unverifiable" if verdict.label == "unverifiable" else "wrong"
+            return reason, f"rule {verdict.rule}: found {verdict.extracted!r}, the original has {gold!r}"
     if lost := sorted(_boxed_numbers(problem.solution or "") - _boxed_numbers(solution)):
         return "answer_changed", f"no box has {', '.join(lost[:5])}"
     if detail := changed_numbers(problem, question):

@@ -20,7 +20,7 @@ from jaxdistill.progress import say
 from jaxdistill.records import Completion, Problem
 from jaxdistill.verify import Verifier
 
-_FOLDER = "calls"  # the ledger, and the configuration of the calls
+CALLS = "calls"  # the ledger, and the configuration of the calls
 
 
 def ask(plan: Plan, left: Wanted) -> Iterator[Completion]:
@@ -70,7 +70,7 @@ def run_config(plan: Plan) -> RunConfig:
     """What the collect client is told."""
     config = plan.config
     return RunConfig(
-        workdir=plan.folder / _FOLDER,
+        workdir=plan.folder / CALLS,
         teacher=config.endpoint,
         budget_usd=config.budget_usd,
         budget_tokens=config.budget_tokens,
@@ -79,8 +79,8 @@ def run_config(plan: Plan) -> RunConfig:
 
 
 def spent_usd(folder: Path) -> float:
-    """What all calls of an evaluation's folder cost; 0 where none were made."""
-    path = folder / _FOLDER / LEDGER
+    """What all calls of a folder with a ledger cost; 0 where none were made."""
+    path = folder / LEDGER
     if not path.is_file():
         return 0.0
     with Ledger(path) as ledger:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from jaxdistill.evaluate.grade import by_item
+from jaxdistill.evaluate.grade import by_item, points
 from jaxdistill.evaluate.results import Result
 from jaxdistill.evaluate.statistics import PairedDifference, PairedTest, mcnemar, paired_difference
 
@@ -16,9 +16,9 @@ class Comparison:
     second: str
     difference: PairedDifference  # of avg@n
     solved: PairedTest  # problems of which more than half of the samples are right
-    gained: int  # samples that only the second has right
-    lost: int  # that only the first has right
-    both: int
+    gained: int  # samples that only the second has right; of ratings: that it has higher
+    lost: int  # that only the first has right, or higher
+    both: int  # both right; of ratings: rated alike
     neither: int
     verdict: str  # all of it in a sentence
 
@@ -30,30 +30,32 @@ def compare(first: Result, second: Result, seed: int = 0) -> Comparison:
       ValueError: they share no problem, or not its number of samples.
     """
     one, two = (by_item(r.completions, r.scores) for r in (first, second))
-    right = [
-        [[score.verdict.label == "correct" for _, score in own[item]] for item in one if item in two]
-        for own in (one, two)
-    ]
-    shares = [[sum(samples) / len(samples) for samples in own] for own in right]
+    worth = [[[points(score) for _, score in own[item]] for item in one if item in two] for own in (one, two)]
+    rated = first.scores[0].verdict.label == "rated" or second.scores[0].verdict.label == "rated"
+    shares = [[sum(samples) / len(samples) for samples in own] for own in worth]
     difference = paired_difference(*shares, seed=seed)
-    solved = mcnemar(*([share > 0.5 for share in own] for own in shares))
-    pairs = [pair for a, b in zip(*right, strict=True) for pair in zip(a, b, strict=True)]
+    if rated:
+        solved = mcnemar(*([a > b for a, b in zip(x, y, strict=True)] for x, y in (shares, shares[::-1])))
+    else:
+        solved = mcnemar(*([share > 0.5 for share in own] for own in shares))
+    pairs = [pair for a, b in zip(*worth, strict=True) for pair in zip(a, b, strict=True)]
     return Comparison(
         first=first.name,
         second=second.name,
         difference=difference,
         solved=solved,
-        gained=pairs.count((False, True)),
-        lost=pairs.count((True, False)),
-        both=pairs.count((True, True)),
-        neither=pairs.count((False, False)),
-        verdict=_sentence(first.name, second.name, difference, solved),
+        gained=sum(b > a for a, b in pairs),
+        lost=sum(a > b for a, b in pairs),
+        both=sum(a == b and (rated or a == 1) for a, b in pairs),
+        neither=sum(a == b == 0 and not rated for a, b in pairs),
+        verdict=_sentence(first.name, second.name, difference, solved, rated),
     )
 
 
-def _sentence(first: str, second: str, difference: PairedDifference, solved: PairedTest) -> str:
-    change = f"{second} against {first}: {difference}; {solved.second_only} problems newly solved, "
-    change += f"{solved.first_only} no longer (McNemar p = {solved.p_value:.2g}): "
+def _sentence(first: str, second: str, difference: PairedDifference, solved: PairedTest, rated: bool) -> str:
+    words = ("rated higher", "lower (sign test") if rated else ("newly solved", "no longer (McNemar")
+    change = f"{second} against {first}: {difference}; {solved.second_only} problems {words[0]}, "
+    change += f"{solved.first_only} {words[1]} p = {solved.p_value:.2g}): "
     if not difference.in_noise:
         return change + f"{second} is {'better' if difference.value > 0 else 'worse'} by more than chance explains."
     width = 50 * (difference.high - difference.low)

@@ -5,7 +5,8 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 
 from jaxdistill.errors import UserError
-from jaxdistill.evaluate.statistics import Estimate, avg_at_n, best_of_k, maj_at_k, pass_at_k
+from jaxdistill.evaluate.judges import JUDGES, Judge
+from jaxdistill.evaluate.statistics import Estimate, best_of_k, estimate, maj_at_k, pass_at_k
 from jaxdistill.records import Completion, Score, Verdict
 from jaxdistill.verify import Verifier, normalize
 
@@ -26,7 +27,7 @@ class Tokens:
 class Summary:
     """What one evaluation says; the rates are shares of completions and, but for the last, do not overlap."""
 
-    accuracy: Estimate  # avg@n
+    accuracy: Estimate  # avg@n; of ratings their mean, as a share of 100
     pass_at: Mapping[int, Estimate]  # by k
     maj_at: Mapping[int, Estimate]  # by k; a tie of t answers counts 1/t
     tokens: Tokens  # thinking and answer together
@@ -39,29 +40,41 @@ class Summary:
     repetition_rate: float  # ends in a loop; may be any of the above too
     best_of: Mapping[int, Estimate] = dataclasses.field(default_factory=dict)  # by k; by the scores of another judge
     coverage: float = 1.0  # share of the completions asked for that are here; below 1 the numbers are not final
+    groups: Mapping[str, Estimate] = dataclasses.field(default_factory=dict)  # avg@n of each group of problems
+    words: Mapping[str, Estimate] = dataclasses.field(default_factory=dict)  # share of each of a judge's words
+    agreement: str = ""  # of the judge with people's labels; empty where none judged
+
+
+def unanswered(completion: Completion, answer: str) -> Verdict | None:
+    """The verdict on an output that was cut off or holds no answer; None of any other."""
+    if completion.finish_reason == "length":
+        return Verdict(label="wrong", rule="truncated")
+    return None if answer.strip() else Verdict(label="wrong", rule="empty")
 
 
 def _boxed_math(completion: Completion, gold: str, verifier: Verifier) -> Verdict:
-    if completion.finish_reason == "length":
-        return Verdict(label="wrong", rule="truncated")
-    if not completion.text.strip():
-        return Verdict(label="wrong", rule="empty")
-    return verifier.verify(completion.text, gold)
+    return unanswered(completion, completion.text) or verifier.verify(completion.text, gold)
 
 
 Grader = Callable[[Completion, str, Verifier], Verdict]  # judges a completion by the gold answer
 GRADERS: Mapping[str, Grader] = {"boxed_math": _boxed_math}  # by the name that a task gives
 
 
-def grader_named(name: str) -> Grader:
-    """The grader of that name.
+def grader_named(name: str) -> Grader | Judge:
+    """The grader or judge of that name.
 
     Raises:
       UserError: there is no such grader; names those there are.
     """
-    if name not in GRADERS:
-        raise UserError(f"no grader is named {name!r}; expected one of {sorted(GRADERS)} (evaluate/grade.py)")
-    return GRADERS[name]
+    known = {**GRADERS, **JUDGES}
+    if name not in known:
+        raise UserError(f"no grader is named {name!r}; expected one of {sorted(known)} (evaluate/grade.py, judges)")
+    return known[name]
+
+
+def points(score: Score) -> float:
+    """What a score is worth, from 0 to 1."""
+    return float(score.verdict.label == "correct") if score.points is None else score.points
 
 
 def grade(
@@ -73,6 +86,8 @@ def grade(
       UserError: there is no such grader, or an item has no gold answer; names all of them.
     """
     judge = grader_named(grader)
+    if isinstance(judge, Judge):
+        raise UserError(f"{grader} asks a model; it is not among the graders that need none")
     missing = sorted({completion.item_id for completion in completions} - golds.keys())
     if missing:
         raise UserError(f"no gold answer for items {missing[:20]} ({len(missing)} in all); was the task file changed?")
@@ -87,6 +102,8 @@ def summarize(
     seed: int = 0,
     rankings: Mapping[str, float] | None = None,
     coverage: float = 1.0,
+    groups: Mapping[str, str] | None = None,
+    agreement: str = "",
 ) -> Summary:
     """The numbers of one task, one model and one setting.
 
@@ -96,6 +113,8 @@ def summarize(
       seed: of the bootstrap.
       rankings: the score that another judge gave, by completion id, for best of k.
       coverage: share of the completions asked for that these are.
+      groups: the group of an item, by its id.
+      agreement: of the judge whose scores these are with people's labels, in words.
 
     Raises:
       ValueError: scores and completions do not match, or problems have different numbers of samples.
@@ -105,16 +124,23 @@ def summarize(
     ks = sorted({2**i for i in range(n.bit_length())} | {n}) if ks is None else ks
     correct = [[score.verdict.label == "correct" for _, score in pairs] for pairs in items.values()]
     classes = [answer_classes([score.verdict for _, score in pairs], verifier) for pairs in items.values()]
+    worth = {item: statistics.fmean(points(score) for _, score in pairs) for item, pairs in items.items()}
+    judge, names = JUDGES.get(scores[0].grader), groups or {}
+    rated = judge is not None and not judge.words
     ranks = [[rankings[c.id] for c, _ in pairs] for pairs in items.values()] if rankings else None
     thinking, answer = [c.thinking_tokens for c in completions], [c.answer_tokens for c in completions]
 
     def rate(*rules: str) -> float:
         return sum(score.verdict.rule in rules for score in scores) / len(scores)
 
+    def average(group: str | None = None) -> Estimate:
+        own = [value for item, value in worth.items() if group is None or names.get(item) == group]
+        return estimate(own, n * len(own), seed)
+
     return Summary(
-        accuracy=avg_at_n(correct, seed),
-        pass_at={k: pass_at_k(correct, k, seed) for k in ks},
-        maj_at={k: maj_at_k(classes, [RIGHT] * len(classes), k, seed=seed) for k in ks},
+        accuracy=average(),
+        pass_at={k: pass_at_k(correct, k, seed) for k in ks} if not rated else {},
+        maj_at={k: maj_at_k(classes, [RIGHT] * len(classes), k, seed=seed) for k in ks} if not rated else {},
         tokens=_tokens([t + a for t, a in zip(thinking, answer, strict=True)]),
         thinking_tokens=_tokens(thinking),
         answer_tokens=_tokens(answer),
@@ -125,7 +151,23 @@ def summarize(
         repetition_rate=sum(repeats(c.text) for c in completions) / len(completions),
         best_of={k: best_of_k(correct, ranks, k, seed) for k in ks} if ranks else {},
         coverage=coverage,
+        groups={group: average(group) for group in sorted({names[item] for item in items if item in names})},
+        words=_words(judge, [[s.verdict.extracted for _, s in pairs] for pairs in items.values()], seed),
+        agreement=agreement,
     )
+
+
+def _words(judge: Judge | None, said: Sequence[Sequence[str | None]], seed: int) -> dict[str, Estimate]:
+    """How often a judge said each of its words, and how often the right one where an answer was attempted."""
+    if judge is None or not judge.words:
+        return {}
+    n = len(said[0])
+    shares = {word: estimate([own.count(word) / n for own in said], n * len(said), seed) for word in judge.words}
+    tried = [[word for word in own if word in judge.attempts] for own in said]
+    if attempted := [own for own in tried if own]:
+        values = [own.count(judge.attempts[0]) / len(own) for own in attempted]
+        shares[f"{judge.attempts[0]}, of attempted"] = estimate(values, sum(map(len, attempted)), seed)
+    return shares
 
 
 def repeats(text: str) -> bool:

@@ -64,6 +64,7 @@ function element(tag, name, content) {
 }
 function mark(output) {
   if (!output) return element("span", "mark", "–");
+  if (output.verdict === "rated") return element("span", "mark", output.extracted);
   const ok = output.verdict === "correct";
   return element("span", ok ? "mark right" : "mark wrong", ok ? "✓" : "✗");
 }
@@ -122,6 +123,7 @@ function outputElement(output, name) {
   const text = element("div", "text");
   fill(text, output.answer.slice(0, FOLD));
   made.append(text);
+  if (output.said) made.append(folded("the judge's words", output.said));
   if (output.answer.length > FOLD) made.append(folded("the rest of the answer", output.answer.slice(FOLD)));
   return made;
 }

@@ -90,6 +90,7 @@ def _output(completion: Completion, score: Score) -> dict[str, Any]:
         "extracted": score.verdict.extracted,
         "thinking": completion.thinking_tokens,
         "tokens": completion.answer_tokens,
+        "said": score.judge.get("said", ""),
         "notes": notes + (["ends in a loop"] if repeats(completion.text) else []),
         "reasoning": reasoning,
         "answer": answer,

@@ -12,7 +12,7 @@ from jaxdistill import records
 from jaxdistill.checkpoint import fingerprint
 from jaxdistill.collect.teacher import Teacher, TeacherConfig
 from jaxdistill.errors import UserError
-from jaxdistill.evaluate import tasks
+from jaxdistill.evaluate import hub, tasks
 from jaxdistill.evaluate.budget import Budget
 from jaxdistill.evaluate.config import EvaluateConfig
 from jaxdistill.evaluate.grade import grader_named
@@ -159,7 +159,13 @@ def problems_of(config: EvaluateConfig) -> tuple[Task, list[Problem]]:
     if config.prompt is not None:
         task = dataclasses.replace(task, prompt=config.prompt)
     grader_named(task.grader)  # refused before hours of sampling, not after
-    return task, tasks.select(task.problems_from(config.path), config.limit, config.limit_seed)
+    if task.judge and not config.judges:
+        raise UserError(
+            f"task {task.name} asks a judge; expected --judge.base-url and --judge.model (training cannot run it)"
+        )
+    if config.hub is not None:
+        hub.fetch(config.hub, config.problems_file)
+    return task, tasks.select(task.problems_from(config.problems_file), config.limit, config.limit_seed)
 
 
 def plans(config: EvaluateConfig, task: Task, problems: Sequence[Problem]) -> list[Plan]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from jaxdistill import records
 from jaxdistill.evaluate.grade import Summary, Tokens
 from jaxdistill.evaluate.plan import Plan
+from jaxdistill.evaluate.statistics import Estimate
 from jaxdistill.records import Completion, Score
 
 
@@ -33,8 +34,15 @@ def read_completions(workdir: Path) -> list[tuple[Completion, Score]]:
 def measures(summaries: Mapping[str, Summary]) -> dict[str, list[str]]:
     """The rows of the table: measure -> a value for each model."""
     one = next(iter(summaries.values()))
-    n = max(one.pass_at)
+    n = one.accuracy.n_samples // one.accuracy.n_problems
+    judged = any(s.agreement for s in summaries.values())
     shown: dict[str, Callable[[Summary], str]] = {f"avg@{n} [95% interval]": lambda s: str(s.accuracy)}
+    if judged:
+        shown["the judge's agreement with people"] = lambda s: s.agreement
+    for group in one.groups:
+        shown[f"avg@{n} of {group}"] = lambda s, group=group: _known(s.groups.get(group))
+    for word in one.words:
+        shown[f"judged {word}"] = lambda s, word=word: _known(s.words.get(word))
     for k in sorted(k for k in one.pass_at if k > 1):
         shown[f"pass@{k}"] = lambda s, k=k: str(s.pass_at[k])
     for k in sorted(k for k in one.maj_at if k > 1):
@@ -48,12 +56,17 @@ def measures(summaries: Mapping[str, Summary]) -> dict[str, list[str]]:
         "truncated": lambda s: f"{s.truncation_rate:.1%}",
         "ends in a loop": lambda s: f"{s.repetition_rate:.1%}",
         "empty": lambda s: f"{s.empty_rate:.1%}",
-        "no answer": lambda s: f"{s.no_answer_rate:.1%}",
-        "not comparable": lambda s: f"{s.unverifiable_rate:.1%}",
     }
+    if not judged:
+        shown["no answer"] = lambda s: f"{s.no_answer_rate:.1%}"
+        shown["not comparable"] = lambda s: f"{s.unverifiable_rate:.1%}"
     if any(s.coverage < 1 for s in summaries.values()):
         shown["coverage (incomplete)"] = lambda s: f"{s.coverage:.1%}"
     return {name: [value(s) for s in summaries.values()] for name, value in shown.items()}
+
+
+def _known(estimate: Estimate | None) -> str:
+    return "–" if estimate is None else str(estimate)
 
 
 def _tokens(tokens: Tokens) -> str:

@@ -9,19 +9,21 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from jaxdistill import manifest, records
+from jaxdistill import manifest, records, thinking
 from jaxdistill.checkpoint import base_of
+from jaxdistill.collect.config import ready
 from jaxdistill.errors import RunError, UserError
-from jaxdistill.evaluate import page
-from jaxdistill.evaluate.asking import ask, spent_usd
+from jaxdistill.evaluate import agreement, page
+from jaxdistill.evaluate.asking import CALLS, ask, spent_usd
 from jaxdistill.evaluate.compare import Comparison, compare_all
 from jaxdistill.evaluate.config import EvaluateConfig
-from jaxdistill.evaluate.grade import Summary, grade, summarize
+from jaxdistill.evaluate.grade import Summary, grade, summarize, unanswered
+from jaxdistill.evaluate.judging import Subject, judge_all
 from jaxdistill.evaluate.plan import Plan, Wanted, plans, problems_of
 from jaxdistill.evaluate.results import Result, measures
 from jaxdistill.evaluate.sampling import sample
 from jaxdistill.progress import say
-from jaxdistill.records import Completion
+from jaxdistill.records import Completion, Score
 from jaxdistill.verify import Verifier
 
 
@@ -35,7 +37,12 @@ def main(config: EvaluateConfig) -> Mapping[str, Summary]:
       RunError: some of it is incomplete; all that is here is written.
       UserError: models, task, problems or settings do not fit together, or earlier completions are of something else.
     """
+    if config.judge_check:
+        agreement.check(config)
+        return {}
     task, problems = problems_of(config)
+    if task.judge:
+        ready(agreement.judge_run(config))  # refused before hours of sampling, not after
     rankings = _rankings(config.rankings)
     planned = plans(config, task, problems)
     earlier = [plan.earlier() for plan in planned]  # all are looked at before any is sampled
@@ -69,13 +76,20 @@ def _evaluate(
     wanted = plan.wanted()
     _complete(plan, done, cut)
     completions = [done[id_] for id_ in wanted if id_ in done]
-    scores = grade(completions, {p.id: p.answer or "" for p in plan.problems}, verifier, plan.task.grader)
+    if plan.task.judge:
+        scores = _judge(plan, completions, cut)
+    else:
+        scores = grade(completions, {p.id: p.answer or "" for p in plan.problems}, verifier, plan.task.grader)
     records.write_jsonl(plan.folder / "scores.jsonl", scores)
-    lacking = {problem.id for id_, (problem, _) in wanted.items() if id_ not in done}
-    scores = [score for one, score in zip(completions, scores, strict=True) if one.item_id not in lacking]
-    coverage, completions = len(completions) / len(wanted), [c for c in completions if c.item_id not in lacking]
+    scored = {score.completion_id for score in scores}
+    lacking = {problem.id for id_, (problem, _) in wanted.items() if id_ not in scored}
+    coverage = len(scored) / len(wanted)
     if lacking:
-        cut.append(f"{plan.name} has {coverage:.1%} of its {len(wanted)} completions")
+        of = "completions, judged" if plan.task.judge else "completions"
+        cut.append(f"{plan.name} has {coverage:.1%} of its {len(wanted)} {of}")
+    completions = [one for one in completions if one.item_id not in lacking]
+    kept = {one.id for one in completions}
+    scores = [score for score in scores if score.completion_id in kept]
     if not completions:
         return None
     if rankings is not None and (missing := sorted({c.id for c in completions} - rankings.keys())):
@@ -84,7 +98,16 @@ def _evaluate(
             f"{missing[:3]}; expected one line for each"
         )
     coverage *= plan.share
-    summary = summarize(completions, scores, verifier, rankings=rankings, coverage=coverage)
+    groups = {problem.id: problem.meta["group"] for problem in plan.problems if "group" in problem.meta}
+    summary = summarize(
+        completions,
+        scores,
+        None if plan.task.judge else verifier,
+        rankings=rankings,
+        coverage=coverage,
+        groups=groups,
+        agreement=agreement.measured(plan.config, _prompts(plan)) if plan.task.judge else "",
+    )
     manifest.write_json(plan.folder / "summary.json", dataclasses.asdict(summary))
     if plan.folder != plan.config.workdir:
         manifest.write_config(plan.folder, plan.config_alone())
@@ -92,12 +115,53 @@ def _evaluate(
     return Result(plan=plan, completions=completions, scores=scores, summary=summary)
 
 
+def _judge(plan: Plan, completions: Sequence[Completion], cut: list[str]) -> list[Score]:
+    """Scores of a judge, in order; what it did not judge has none. It is not asked about what holds no answer.
+
+    Args:
+      cut: takes why not all is judged.
+    """
+    judge = plan.task.judge
+    assert judge is not None
+    problems = {problem.id: problem for problem in plan.problems}
+    found: dict[str, Score] = {}
+    subjects: list[Subject] = []
+    for one in completions:
+        answer = thinking.split(one.text)[1]
+        if verdict := unanswered(one, answer):
+            found[one.id] = Score(completion_id=one.id, verdict=verdict, grader=judge.name, points=0.0)
+        else:
+            subjects.append(Subject(id=one.id, problem=problems[one.item_id], response=answer))
+    files = [folder / "scores.jsonl" for folder in plan.merged()]
+    known = {s.judge["request_key"]: s for path in files for s in records.read_jsonl(path, Score) if s.judge}
+    run = agreement.judge_run(plan.config)
+    try:
+        for score in judge_all(subjects, judge, run, run.workdir / plan.name, known):
+            found[score.completion_id] = score
+    except (RunError, UserError) as error:
+        cut.append(str(error))
+    return [found[one.id] for one in completions if one.id in found]
+
+
+def _prompts(plan: Plan) -> set[str]:
+    """What the judge is asked with, by names and hashes."""
+    judge = plan.task.judge
+    return {judge.prompt_id(problem) for problem in plan.problems} if judge else set()
+
+
 def _write_manifest(plan: Plan, counts: Mapping[str, int]) -> None:
     about = {n: getattr(plan.task, n) for n in ("prompt", "grader", "metric", "licence", "why", "source")}
     facts: dict[str, Any] = {"model": plan.weights, "task": {"name": plan.task.name, **about}}
-    inputs = [plan.config.path, *(folder / "completions.jsonl" for folder in plan.merged())]
+    inputs = [plan.config.problems_file, *(folder / "completions.jsonl" for folder in plan.merged())]
+    if plan.task.judge:
+        run = agreement.judge_run(plan.config)
+        facts["judge"] = {
+            **agreement.identity(plan.config),
+            "prompts": sorted(_prompts(plan)),
+            "cost_usd_of_all_models": spent_usd(run.workdir),
+        }
     if plan.model is None:
-        facts["cost_usd"] = sum(spent_usd(folder) for folder in (plan.folder, *plan.merged()))
+        facts["cost_usd"] = sum(spent_usd(folder / CALLS) for folder in (plan.folder, *plan.merged()))
     else:
         inputs.append(base_of(plan.model) / "config.json")
     manifest.write_manifest(plan.folder, "evaluate", inputs, counts, **facts)

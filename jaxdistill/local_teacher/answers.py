@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import random
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from jaxdistill.local_teacher.thoughts import (
 
 MODEL = "local-teacher"
 REFORMAT_WORDS = "rewrite the solution"  # what the prompts of curate/prompts/reformat.* say
+VERDICT = re.compile(r"^Verdict: <(.+)>$", re.MULTILINE)  # how the prompts of evaluate/judges end
 REVIEW_WORDS, GO_ON_WORDS = "first wrong step", "right steps so far"  # of collect/prompts/*_review.*, journey_revise.*
 LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 PRICES_USD = (1.0, 4.0)  # per million prompt and output tokens; play money, as in collect/profiles/local.toml
@@ -145,7 +147,9 @@ def answer(body: Mapping[str, Any], attempt: int, seed: int, faults: Faults) -> 
         return Answer(outcome)
     text = next((m["content"] for m in reversed(messages_of(body)) if m["role"] == "user"), "")
     task = parse(text)
-    if task is None:
+    if asked := VERDICT.findall(text):
+        thought = Thought("", _verdict(asked[-1], rng, readable=outcome != "wrong"))
+    elif task is None:
         outcome, thought = "unknown", Thought("", UNKNOWN)
     elif REFORMAT_WORDS in text.lower():
         thought = Thought("", reformatted(task, rng if outcome == "wrong" else None))
@@ -163,6 +167,14 @@ def answer(body: Mapping[str, Any], attempt: int, seed: int, faults: Faults) -> 
     if limit < length:
         return Answer("truncated", _cut(thought, limit), "length")
     return Answer(outcome, thought)
+
+
+def _verdict(words: str, rng: random.Random, *, readable: bool) -> str:
+    """A judgement drawn by chance, which says nothing about the text judged."""
+    if not readable:
+        return "It depends."
+    word = str(rng.randint(0, 100)) if words == "0-100" else rng.choice(words.split("|"))
+    return f"This server draws its verdicts by chance.\nVerdict: {word}"
 
 
 def _cut(thought: Thought, limit: int) -> Thought:

@@ -105,12 +105,12 @@ def test_evaluate_goes_on_after_a_torn_line(
 
 
 def change_problem(config: evaluate.EvaluateConfig) -> evaluate.EvaluateConfig:
-    config.path.write_text(config.path.read_text().replace('"1+1"', '"1+01"'))
+    config.problems_file.write_text(config.problems_file.read_text().replace('"1+1"', '"1+01"'))
     return config
 
 
 def change_answer(config: evaluate.EvaluateConfig) -> evaluate.EvaluateConfig:
-    config.path.write_text(config.path.read_text().replace('"answer": "2"', '"answer": "3"'))
+    config.problems_file.write_text(config.problems_file.read_text().replace('"answer": "2"', '"answer": "3"'))
     return config
 
 
@@ -156,7 +156,7 @@ def test_evaluate_refuses_completions_of_something_else(
 def test_two_models_are_compared_in_one_command(model: Path, config: evaluate.EvaluateConfig, tmp_path: Path):
     other = tiny.write_folder(tmp_path / "other", HF, tiny.values(C, seed=1), C, with_tokenizer=True)
     words = ["--workdir", str(tmp_path / "both"), "--model", str(model), "--task", "problems", "--samples", "2"]
-    words += ["--path", str(config.path), "--sampling.temperature", "1", "--sampling.max-new-tokens", "8"]
+    words += ["--path", str(config.problems_file), "--sampling.temperature", "1", "--sampling.max-new-tokens", "8"]
     cli.main(["evaluate", *words, "--model", str(other), "--compute-dtype", "float32"])
     summary = json.loads((tmp_path / "both" / "summary.json").read_text())
     assert list(summary["models"]) == ["hf", "other"]

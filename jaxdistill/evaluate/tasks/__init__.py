@@ -4,11 +4,13 @@ import dataclasses
 import hashlib
 import importlib
 import pkgutil
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxdistill.errors import UserError
+from jaxdistill.evaluate.judges import JUDGES, Judge
 from jaxdistill.records import Problem, from_dict, read_json_objects
 
 BOXED_PROMPT = "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -21,7 +23,7 @@ class Task:
     name: str
     problems_from: Callable[[Path], list[Problem]]  # reads a local file; UserError where it is not this task's
     prompt: str  # template: {problem} is replaced, other braces stay
-    grader: str  # name in GRADERS of evaluate/grade.py; recorded in every Score
+    grader: str  # name in GRADERS of evaluate/grade.py, or in JUDGES of evaluate/judges; recorded in every Score
     metric: str  # the headline number
     licence: str
     why: str  # why the benchmark was chosen: the transparency index asks
@@ -30,6 +32,11 @@ class Task:
     def __post_init__(self) -> None:
         if "{problem}" not in self.prompt:
             raise ValueError(f"task {self.name}: prompt is {self.prompt!r}, expected a template with {{problem}}")
+
+    @property
+    def judge(self) -> Judge | None:
+        """Who grades it, where no rule can."""
+        return JUDGES.get(self.grader)
 
     def ask(self, problem: Problem) -> str:
         """The text to send for one problem."""
@@ -56,12 +63,18 @@ Convert = Callable[[int, dict[str, Any]], dict[str, Any]]  # line number and ups
 
 
 def read_problems(
-    path: Path, *, licence: str = "", extra: Iterable[str] = (), convert: Convert | None = None
+    path: Path,
+    *,
+    licence: str = "",
+    extra: Iterable[str] = (),
+    convert: Convert | None = None,
+    answers: bool = True,
 ) -> list[Problem]:
     """Reads Problem rows that all have an answer and an id of their own; keys in `extra` move to `meta`.
 
     Args:
       convert: for files in the benchmark's own shape.
+      answers: whether each row needs an answer.
 
     Raises:
       UserError: the file is missing, empty or malformed, or rows lack an answer or share an id; names the lines.
@@ -74,7 +87,7 @@ def read_problems(
         moved = {key: values.pop(key) for key in extra if key in values}
         problem = from_dict({"licence": licence, **values}, Problem, where=f"{path}:{number}")
         problem = dataclasses.replace(problem, meta={**problem.meta, **moved})
-        if not (problem.answer or "").strip():
+        if answers and not (problem.answer or "").strip():
             mistakes.append(f"line {number} ({problem.id}) has no answer")
         if problem.id in lines:
             mistakes.append(f"line {number} repeats the id {problem.id!r} of line {lines[problem.id]}")
@@ -83,11 +96,36 @@ def read_problems(
     if mistakes:
         more = f" and {len(mistakes) - 10} more" if len(mistakes) > 10 else ""
         raise UserError(
-            f"{path}: {'; '.join(mistakes[:10])}{more}; evaluation needs an answer and an id of its own a row"
+            f"{path}: {'; '.join(mistakes[:10])}{more}; expected {'an answer and ' * answers}an id of its own a row"
         )
     if not problems:
         raise UserError(f"{path}: found no rows, expected one problem a line")
     return problems
+
+
+def read_questions(path: Path, *, licence: str, group: str | None = None, answers: bool = True) -> list[Problem]:
+    """Reads rows with a `question`, or a `problem`, for a judge; all keys that a Problem has not move to `meta`.
+
+    The language is that of `lang` or `language`, else Chinese where a quarter of the question is.
+
+    Args:
+      group: the key by which results are told apart, kept as `meta["group"]`.
+
+    Raises: as `read_problems`.
+    """
+
+    def converted(number: int, row: dict[str, Any]) -> dict[str, Any]:
+        own = {{"question": "problem", "lang": "language"}.get(key, key): value for key, value in row.items()}
+        known = {field.name for field in dataclasses.fields(Problem)} - {"meta"}
+        meta = {key: value for key, value in own.items() if key not in known}
+        if group is not None:
+            meta["group"] = str(row.get(group, "unknown"))
+        own = {key: value for key, value in own.items() if key in known}
+        text = str(own.get("problem"))
+        language = "zh" if 4 * len(re.findall("[\u4e00-\u9fff]", text)) > len(text) else "en"
+        return {"id": f"{path.stem}-{number}", "language": language, **own, "meta": meta}
+
+    return read_problems(path, licence=licence, convert=converted, answers=answers)
 
 
 def select(problems: Sequence[Problem], limit: int | None, seed: int) -> list[Problem]:

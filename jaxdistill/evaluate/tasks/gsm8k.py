@@ -8,7 +8,7 @@ from jaxdistill.evaluate.tasks import BOXED_PROMPT, Task, read_problems
 
 def from_upstream(number: int, row: dict[str, Any]) -> dict[str, Any]:
     """The published file has `question`, and an `answer` that works it out and ends in `#### 18`."""
-    if row.keys() != {"question", "answer"}:
+    if row.keys() - {"id"} != {"question", "answer"}:
         return row
     solution, _, answer = str(row["answer"]).rpartition("####")
     values = {"problem": row["question"], "answer": answer.strip().replace(",", ""), "solution": solution.strip()}
