@@ -132,8 +132,8 @@ def main() -> None:
             f"{manifest.commit()}, {os.cpu_count()} {platform.machine()} cores."
         ),
         (
-            f"The largest tensor is {found['largest'] / 1e9:.2f} GB, files are of 2 GB. Time and memory are those of the "
-            "whole command, its checks included; memory is VmHWM."
+            f"The largest tensor is {found['largest'] / 1e9:.2f} GB, files are of 2 GB. Time and memory are those of "
+            "the whole command, its checks included; memory is VmHWM."
         ),
         "Every tensor of the export equals, bit for bit, what was imported.",
         "",
