@@ -86,7 +86,7 @@ class Tensors(contextlib.AbstractContextManager):
 
 def _safe_open(path: Path) -> Any:
     try:
-        return safetensors.safe_open(path, framework="numpy")
+        return safetensors.safe_open(path, framework="numpy", backend="pread")  # mapped files count as memory
     except safetensors.SafetensorError as error:
         raise UserError(f"{path} is not a readable safetensors file ({error}); download it again") from None
 
