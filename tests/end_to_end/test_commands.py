@@ -208,7 +208,9 @@ def test_an_external_judge_ranks_samples(config: evaluate.EvaluateConfig, tmp_pa
 
 def test_an_unknown_grader_is_refused():
     with (
-        pytest.raises(UserError, match=r"no grader is named 'judge'; expected one of \['boxed_math'\]"),
+        pytest.raises(
+            UserError, match=r"no grader is named 'judge'; expected one of \['boxed_math', 'judge_factuality'"
+        ),
         Verifier() as v,
     ):
         grade([], {}, v, "judge")
