@@ -7,6 +7,8 @@ from typing import Literal
 
 from jaxdistill.collect.teacher import TeacherConfig
 from jaxdistill.errors import UserError
+from jaxdistill.models.quantized import MatmulDtype
+from jaxdistill.sample.cache import CacheDtype
 from jaxdistill.sample.request import SamplingConfig
 from jaxdistill.sharding import MeshConfig
 
@@ -45,6 +47,8 @@ class EvaluateConfig:
     unknown_price: bool = False  # ask endpoint and judge although nobody knows the price; costs then count as 0
     slots: int = 32  # requests decoded at once, rounded up to a multiple of the mesh's data x fsdp
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    weight_dtype: MatmulDtype = "compute"  # that the layers' matrices are stored in
+    cache_dtype: CacheDtype = "compute"  # that keys and values are stored in
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):

@@ -71,6 +71,9 @@ class Plan:
     def _of_engine(self) -> dict[str, Any]:
         sampling = dataclasses.asdict(self.config.sampling)
         of_model = {"compute_dtype": self.config.compute_dtype, "model": str(self.model)}
+        for name in ("weight_dtype", "cache_dtype"):
+            if (value := getattr(self.config, name)) != "compute":
+                of_model[name] = value
         return {**sampling, **of_model, **self.budget.settings()}
 
     def _of_endpoint(self) -> dict[str, Any]:

@@ -27,7 +27,12 @@ def sample(plan: Plan, left: Wanted) -> Iterator[Completion]:
     assert model is not None
     tokenizer = chat.load_tokenizer(base_of(model))
     with jax.set_mesh(config.mesh.build()):
-        how = EngineConfig(slots=config.slots, compute_dtype=config.compute_dtype)
+        how = EngineConfig(
+            slots=config.slots,
+            compute_dtype=config.compute_dtype,
+            weight_dtype=config.weight_dtype,
+            cache_dtype=config.cache_dtype,
+        )
         asked = requests(plan, left, tokenizer)
         engine = engine_for(model, tokenizer, asked, how)
         if fingerprint(model) != plan.weights:

@@ -12,6 +12,8 @@ from jaxdistill import manifest
 from jaxdistill.checkpoint import base_of, load_model
 from jaxdistill.data import chat
 from jaxdistill.errors import UserError
+from jaxdistill.models.quantized import MatmulDtype
+from jaxdistill.sample.cache import CacheDtype
 from jaxdistill.sample.engine import Engine, EngineConfig
 from jaxdistill.sample.request import Request, SamplingConfig
 from jaxdistill.sharding import MeshConfig
@@ -28,6 +30,8 @@ class SampleConfig:
     seed: int = 0  # of the first prompt; each further one has the next
     slots: int = 8  # requests decoded at once, rounded up to a multiple of the mesh's data x fsdp
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    weight_dtype: MatmulDtype = "compute"  # that the layers' matrices are stored in
+    cache_dtype: CacheDtype = "compute"  # that keys and values are stored in
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
@@ -46,9 +50,13 @@ def main(config: SampleConfig) -> list[dict[str, str | int]]:
         Request(str(i), tuple(tokens), config.sampling, config.seed + i) for i, tokens in enumerate(conversations)
     ]
     with jax.set_mesh(config.mesh.build()):
-        engine = engine_for(
-            model, tokenizer, requests, EngineConfig(slots=config.slots, compute_dtype=config.compute_dtype)
+        how = EngineConfig(
+            slots=config.slots,
+            compute_dtype=config.compute_dtype,
+            weight_dtype=config.weight_dtype,
+            cache_dtype=config.cache_dtype,
         )
+        engine = engine_for(model, tokenizer, requests, how)
         outputs = {output.id: output for output in engine.generate(requests)}
     rows = []
     for i, prompt in enumerate(config.prompts):

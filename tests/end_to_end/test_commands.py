@@ -133,8 +133,9 @@ def change_weights(config: evaluate.EvaluateConfig) -> evaluate.EvaluateConfig:
         (lambda c: dataclasses.replace(c, seed=1), "settings"),
         (lambda c: dataclasses.replace(c, prompt="{problem}"), "settings"),
         (lambda c: change_problem(dataclasses.replace(c, compute_dtype="bfloat16")), "problems, settings"),
+        (lambda c: dataclasses.replace(c, weight_dtype="int8", cache_dtype="int8"), "settings"),
     ],
-    ids=["problem", "answer", "limit", "weights", "samples", "seed", "prompt", "two"],
+    ids=["problem", "answer", "limit", "weights", "samples", "seed", "prompt", "two", "8 bits"],
 )
 def test_evaluate_refuses_completions_of_something_else(
     config: evaluate.EvaluateConfig,
