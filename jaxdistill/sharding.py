@@ -127,7 +127,7 @@ def gather(weight: jax.Array, dims: str, dtype: Any) -> jax.Array:
     """A stored weight in compute layout: cast first, so that half the bytes travel, then gathered.
 
     First a device's part over context, then the larger parts over fsdp: those are what TPUs want to be wide
-    (`narrow_parts`). The results are marked `reduced`, which makes the gradient arrive as per-device partial sums. On
+    (`reduced_whole`). The results are marked `reduced`, which makes the gradient arrive as per-device partial sums. On
     its way back it is reduce-scattered over fsdp, what is left of it over context, and only then, in storage layout,
     all-reduced over data.
 
@@ -178,21 +178,29 @@ def check_divisible(sizes: Mapping[str, int], mesh: Mapping[str, int]) -> None:
         raise UserError(f"the mesh {dict(mesh)} does not fit: {'; '.join(problems)} (letters: docs/shapes.md)")
 
 
-def narrow_parts(sizes: Mapping[str, int], mesh: Mapping[str, int]) -> str | None:
-    """What to know before TPUs run: parts of D below a vector register's 128 lanes are not gathered but all-reduced.
+def reduced_whole(sizes: Mapping[str, int], mesh: Mapping[str, int]) -> str | None:
+    """What to know before TPUs run: which meshes make their compiler add gradients up whole, and keep a part of each.
 
-    Seen in programs compiled for v5p: the compiler pads each part to the whole weight and adds the parts up, twice the
-    bytes of a gather. D alone is gathered; other dimensions are computed where they are stored. Parts over context may
-    be narrow: they are put together first, and hold a device's share over fsdp alone.
+    Seen in programs compiled for v5e, v5p and v6e. Parts of D below a vector register's 128 lanes are padded to the
+    whole weight and added up, twice the bytes of a gather. Parts over context may be narrow: they are put together
+    first, and hold a device's share over fsdp alone. And a group of all devices does not reduce-scatter at all.
     """
     part = sizes["D"] // mesh["fsdp"]
-    if mesh["fsdp"] == 1 or part >= _LANES:
-        return None
-    return (
-        f"mesh.fsdp {mesh['fsdp']} leaves {part} of D = {sizes['D']} on a device; TPUs gather weights in parts below "
-        f"{_LANES} by all-reduce, at twice the bytes. With mesh.fsdp {max(1, sizes['D'] // _LANES)} or less, and the "
-        "devices it frees in mesh.data, mesh.context or mesh.tensor, they would not"
-    )
+    if mesh["fsdp"] > 1 and part < _LANES:
+        wide = max(1, sizes["D"] // _LANES)
+        return (
+            f"mesh.fsdp {mesh['fsdp']} leaves {part} of D = {sizes['D']} on a device; TPUs gather weights in parts "
+            f"below {_LANES} by all-reduce, at twice the bytes. With mesh.fsdp {wide} or less, and the devices it "
+            "frees in mesh.data, mesh.context or mesh.tensor, they would not"
+        )
+    for axis, other in (("fsdp", "context"), ("context", "fsdp")):
+        if mesh[axis] == math.prod(mesh.values()) > 1:
+            return (
+                f"mesh.{axis} {mesh[axis]} is all devices, and TPUs add gradients up whole in a group of all, at "
+                f"twice the bytes of a reduce-scatter. With a part of them in mesh.{other}, which splits the weights "
+                "as well, they would not"
+            )
+    return None
 
 
 def row_order(length: int, shards: int) -> np.ndarray:

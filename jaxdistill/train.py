@@ -88,7 +88,7 @@ class Run:
         self.tokenizer = chat.load_tokenizer(self.base)
         self.preemption, self.leads = preemption, runtime.leads()
         self.console = console or Console(stderr=True, quiet=not self.leads)
-        if device.platform == "tpu" and (warning := sharding.narrow_parts(self.c.sizes(), sizes)):
+        if device.platform == "tpu" and (warning := sharding.reduced_whole(self.c.sizes(), sizes)):
             self.console.print(f"[yellow]{warning}[/yellow]")
         self.peak, self.peak_source = metrics.peak_flops(jnp.dtype(config.step.compute_dtype))
         lost = [str(phase.examples) for phase in config.phases if not phase.examples.is_file()]

@@ -112,7 +112,8 @@ def of(
     """The estimate of a way that is not compiled."""
     tokens, pieces = config.batch_rows * config.row_tokens, config.step.accumulate
     step = config.step
-    sent = roofline.expected_collectives(c, sizes, step.remat, tokens // pieces, step.matmul_dtype)
+    tpu = hardware.chip.platform == "tpu"
+    sent = roofline.expected_collectives(c, sizes, step.remat, tokens // pieces, step.matmul_dtype, tpu=tpu)
     repeated = [dataclasses.replace(collective, times=collective.times * pieces) for collective in sent]
     state = _state_bytes(c, config) / (sizes["fsdp"] * sizes["context"] * sizes["tensor"])
     how = step.remat, tokens, document_tokens, state, repeated, step.matmul_dtype, host_bytes(c, config, sizes)

@@ -62,8 +62,8 @@ def test_of_equals_the_preferred_state_is_ranked_first():
     """Where there is room for any, a leaner state saves little, which is not worth other numbers."""
     found = candidates(recipe(batch_rows=64), target="v5p:4x4x4", states=STATES)
     assert state_of(found[0]) == "float32"
-    same = [way.estimate for way in found if (way.sizes, way.config.step.remat) == _way(found[0])]
-    plain, offloaded, lean = same
+    same = {state_of(way): way.estimate for way in found if (way.sizes, way.config.step.remat) == _way(found[0])}
+    plain, offloaded, lean = (same[state] for state in STATES)
     assert lean.memory_s < plain.memory_s
     assert offloaded.host_s > plain.host_s == 0
     assert lean.step_s < plain.step_s < offloaded.step_s
