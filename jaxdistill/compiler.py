@@ -8,8 +8,10 @@ from jaxdistill import chips
 _OFFLOADED = ("all_gather", "reduce_scatter", "all_reduce")
 _SPARSE_CORE = {f"xla_tpu_enable_sparse_core_collective_offload_{kind}": "true" for kind in _OFFLOADED}
 
+# v5e has no SparseCores, and its compiler overlaps collectives with products by itself; tpu7x uses them unasked.
 OPTIONS: Mapping[str, Mapping[str, str]] = {
     "v5p": _SPARSE_CORE,
+    "v6e": _SPARSE_CORE,
 }
 
 

@@ -178,12 +178,16 @@ def check_divisible(sizes: Mapping[str, int], mesh: Mapping[str, int]) -> None:
         raise UserError(f"the mesh {dict(mesh)} does not fit: {'; '.join(problems)} (letters: docs/shapes.md)")
 
 
-def reduced_whole(sizes: Mapping[str, int], mesh: Mapping[str, int]) -> str | None:
+def reduced_whole(sizes: Mapping[str, int], mesh: Mapping[str, int], generation: str) -> str | None:
     """What to know before TPUs run: which meshes make their compiler add gradients up whole, and keep a part of each.
 
-    Seen in programs compiled for v5e, v5p and v6e. Parts of D below a vector register's 128 lanes are padded to the
+    Seen in programs compiled for them. Parts of D below a vector register's 128 lanes are padded to the
     whole weight and added up, twice the bytes of a gather. Parts over context may be narrow: they are put together
-    first, and hold a device's share over fsdp alone. And a group of all devices does not reduce-scatter at all.
+    first, and hold a device's share over fsdp alone. And a group of all devices does not reduce-scatter at all, but on
+    tpu7x.
+
+    Args:
+      generation: the chip's name, as v5e.
     """
     part = sizes["D"] // mesh["fsdp"]
     if mesh["fsdp"] > 1 and part < _LANES:
@@ -194,13 +198,18 @@ def reduced_whole(sizes: Mapping[str, int], mesh: Mapping[str, int]) -> str | No
             "frees in mesh.data, mesh.context or mesh.tensor, they would not"
         )
     for axis, other in (("fsdp", "context"), ("context", "fsdp")):
-        if mesh[axis] == math.prod(mesh.values()) > 1:
+        if mesh[axis] == math.prod(mesh.values()) > 1 and not scatters_over_all(generation):
             return (
                 f"mesh.{axis} {mesh[axis]} is all devices, and TPUs add gradients up whole in a group of all, at "
                 f"twice the bytes of a reduce-scatter. With a part of them in mesh.{other}, which splits the weights "
                 "as well, they would not"
             )
     return None
+
+
+def scatters_over_all(generation: str) -> bool:
+    """Whether the compiler of a generation of TPUs reduce-scatters in a group of all devices."""
+    return generation == "tpu7x"
 
 
 def row_order(length: int, shards: int) -> np.ndarray:

@@ -16,7 +16,7 @@ import optax
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 
-from jaxdistill import manifest, metrics, optim, runtime, sharding, weights
+from jaxdistill import chips, manifest, metrics, optim, runtime, sharding, weights
 from jaxdistill.checkpoint import Checkpoints, fingerprint, keep_base, load_model, newest_input
 from jaxdistill.data import chat, loader
 from jaxdistill.data.packing import Batch
@@ -88,7 +88,8 @@ class Run:
         self.tokenizer = chat.load_tokenizer(self.base)
         self.preemption, self.leads = preemption, runtime.leads()
         self.console = console or Console(stderr=True, quiet=not self.leads)
-        if device.platform == "tpu" and (warning := sharding.reduced_whole(self.c.sizes(), sizes)):
+        chip = chips.of_device(device.device_kind)
+        if chip and chip.platform == "tpu" and (warning := sharding.reduced_whole(self.c.sizes(), sizes, chip.name)):
             self.console.print(f"[yellow]{warning}[/yellow]")
         self.peak, self.peak_source = metrics.peak_flops(jnp.dtype(config.step.compute_dtype))
         lost = [str(phase.examples) for phase in config.phases if not phase.examples.is_file()]

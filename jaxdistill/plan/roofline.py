@@ -182,15 +182,17 @@ def expected_collectives(
     tokens: int,
     matmul_dtype: MatmulDtype = "compute",
     *,
-    tpu: bool = False,
+    scatters_over_all: bool = True,
 ) -> list[Collective]:
     """What a step should send by the design of the sharding, for ranking meshes before any is compiled.
 
     Weights are gathered for the forward and the backward pass, a device's part over context and those over fsdp, in
-    bfloat16 or those of the layers in 8 bits; gradients come back the other way in bfloat16, on TPUs whole where all
-    devices are one group (`sharding.reduced_whole`);
+    bfloat16 or those of the layers in 8 bits; gradients come back the other way in bfloat16;
     tensor parallelism reduces each layer's two outputs in both directions, and the first again where it is recomputed;
     context parallelism gathers keys and values, and scatters their gradients.
+
+    Args:
+      scatters_over_all: False where gradients are reduced whole in a group of all devices (`sharding.reduced_whole`).
     """
     fsdp, context, tensor = mesh["fsdp"], mesh["context"], mesh["tensor"]
     local = tokens // (mesh["data"] * fsdp)  # positions of a device's rows, whole
@@ -202,7 +204,8 @@ def expected_collectives(
             found.append(Collective("all-gather", (weights - 2 * in_8_bits) // share, group, "bf16", 2))
             if in_8_bits:
                 found.append(Collective("all-gather", in_8_bits // share, group, matmul_dtype, 2))
-            kind = "all-reduce" if tpu and group == math.prod(mesh.values()) else "reduce-scatter"
+            whole = group == math.prod(mesh.values()) and not scatters_over_all
+            kind = "all-reduce" if whole else "reduce-scatter"
             found.append(Collective(kind, weights // share, group, "bf16", 1))
     if mesh["data"] > 1:
         found.append(Collective("all-reduce", weights // (fsdp * context), mesh["data"], "bf16", 1))

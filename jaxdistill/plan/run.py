@@ -242,7 +242,8 @@ def _report(plan: Plan, step: ahead.Compiled, c: Config, target: Hardware, work:
     yield memory
     yield _collectives(step.collectives)
     yield from _warnings(step.collectives, plan.sizes)
-    if target.chip.platform == "tpu" and (warning := sharding.reduced_whole(c.sizes(), plan.sizes)):
+    chip = target.chip
+    if chip.platform == "tpu" and (warning := sharding.reduced_whole(c.sizes(), plan.sizes, chip.name)):
         yield f"warning: {warning}"
     seconds = Table("of a step", "seconds")
     for name in ("matmul_s", "attention_s", "memory_s", "wire_s", "host_s", "fastest_s", "slowest_s", "step_s"):

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from jaxdistill import weights
+from jaxdistill import sharding, weights
 from jaxdistill.errors import UserError
 from jaxdistill.models import decoder
 from jaxdistill.models.config import Config
@@ -112,8 +112,10 @@ def of(
     """The estimate of a way that is not compiled."""
     tokens, pieces = config.batch_rows * config.row_tokens, config.step.accumulate
     step = config.step
-    tpu = hardware.chip.platform == "tpu"
-    sent = roofline.expected_collectives(c, sizes, step.remat, tokens // pieces, step.matmul_dtype, tpu=tpu)
+    chip = hardware.chip
+    scatters = chip.platform != "tpu" or sharding.scatters_over_all(chip.name)
+    how_sent = step.remat, tokens // pieces, step.matmul_dtype
+    sent = roofline.expected_collectives(c, sizes, *how_sent, scatters_over_all=scatters)
     repeated = [dataclasses.replace(collective, times=collective.times * pieces) for collective in sent]
     state = _state_bytes(c, config) / (sizes["fsdp"] * sizes["context"] * sizes["tensor"])
     how = step.remat, tokens, document_tokens, state, repeated, step.matmul_dtype, host_bytes(c, config, sizes)

@@ -1,6 +1,7 @@
 """Which options a device's programs are compiled with."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,8 @@ import pytest
 from jaxdistill import chips, compiler, sharding
 from jaxdistill.plan import ahead, collectives, hardware
 from jaxdistill.sharding import MeshConfig
+
+D = 2048
 
 
 def test_every_generation_of_the_table_is_a_tpu():
@@ -24,24 +27,42 @@ def test_options_are_those_of_the_devices_generation():
     assert compiler.options(jax.devices()[0]) == {}
 
 
-@pytest.mark.parametrize("name", ["v5e:4x4", "v6e:4x4", "v5p:2x2x4"])
-@pytest.mark.parametrize(("sizes", "whole"), [({"fsdp": 16}, True), ({"fsdp": 8, "context": 2}, False)], ids=str)
-def test_what_is_said_of_tpus_is_what_their_compiler_does(name: str, sizes: dict[str, int], whole: bool):
-    """The gradient of a gathered weight, from activations that differ on all devices."""
-    kernels.require("libtpu")
-    mesh = MeshConfig(**sizes).build(ahead.devices(hardware.parse(name)))
-    D = F = 2048
+def gradient_of_a_weight(mesh: jax.sharding.Mesh, options: dict[str, Any]) -> str:
+    """The compiled program of it, from activations that differ on all devices."""
     with jax.set_mesh(mesh):
 
-        def argument(dims: str, table: object, *shape: int) -> jax.ShapeDtypeStruct:
-            layout = jax.sharding.NamedSharding(mesh, sharding.spec(dims, table))  # type: ignore[arg-type]
+        def argument(dims: str, table: Any, *shape: int) -> jax.ShapeDtypeStruct:
+            layout = jax.sharding.NamedSharding(mesh, sharding.spec(dims, table))
             return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=layout)
 
         def loss(w: jax.Array, x: jax.Array) -> jax.Array:
             return jnp.sum(sharding.einsum("BTD,DF->BTF", x, sharding.gather(w, "DF", x.dtype)), dtype=jnp.float32)
 
-        w, x = argument("DF", sharding.STORAGE, D, F), argument("BTD", sharding.COMPUTE, 16, 128, D)
-        program = jax.jit(jax.grad(loss)).trace(w, x).lower(lowering_platforms=("tpu",)).compile().as_text()
-    reduced = {one.kind for one in collectives.read(program or "") if one.payload_bytes >= D * F // 8}
-    assert reduced - {"all-gather"} == ({"all-reduce"} if whole else {"reduce-scatter"})
-    assert (sharding.reduced_whole({"D": D}, dict(mesh.shape)) is not None) == whole
+        w, x = argument("DF", sharding.STORAGE, D, D), argument("BTD", sharding.COMPUTE, 16, 128, D)
+        lowered = jax.jit(jax.grad(loss)).trace(w, x).lower(lowering_platforms=("tpu",))
+        return lowered.compile(compiler_options=options).as_text() or ""
+
+
+@pytest.mark.parametrize("name", ["v5e:4x4", "v6e:4x4", "v5p:2x2x4", "tpu7x:2x2x2"])
+@pytest.mark.parametrize("sizes", [{"fsdp": 16}, {"fsdp": 8, "context": 2}], ids=str)
+def test_what_is_said_of_tpus_is_what_their_compiler_does(name: str, sizes: dict[str, int]):
+    kernels.require("libtpu")
+    target = hardware.parse(name)
+    mesh = MeshConfig(**sizes).build(ahead.devices(target))
+    found = collectives.read(gradient_of_a_weight(mesh, {}))
+    reduced = {one.kind for one in found if one.payload_bytes >= D * D // 8} - {"all-gather"}
+    whole = sharding.reduced_whole({"D": D}, dict(mesh.shape), target.chip.name)
+    assert reduced == ({"all-reduce"} if whole else {"reduce-scatter"})
+    assert bool(whole) == (sizes == {"fsdp": 16} and target.chip.name != "tpu7x")
+
+
+@pytest.mark.parametrize("name", ["v5p:2x2x4", "v6e:4x4"])
+def test_options_move_collectives_to_the_sparse_cores(name: str):
+    kernels.require("libtpu")
+    target = hardware.parse(name)
+    mesh = MeshConfig(fsdp=8, context=2).build(ahead.devices(target))
+    on_sparse_cores = [
+        "SPARSECORE" in gradient_of_a_weight(mesh, options)
+        for options in ({}, dict(compiler.OPTIONS[target.chip.name]))
+    ]
+    assert on_sparse_cores == [False, True]

@@ -74,18 +74,19 @@ def test_misfits_are_named_together():
 def test_parts_too_narrow_for_a_tpu():
     sizes = {"V": 152064, "D": 8192, "F": 29568}
     for fsdp in (1, 64):
-        assert sharding.reduced_whole(sizes, tiny.ONE_DEVICE | {"data": 2, "fsdp": fsdp, "context": 4}) is None
-    warning = sharding.reduced_whole(sizes, tiny.ONE_DEVICE | {"fsdp": 256})
+        assert sharding.reduced_whole(sizes, tiny.ONE_DEVICE | {"data": 2, "fsdp": fsdp, "context": 4}, "v5e") is None
+    warning = sharding.reduced_whole(sizes, tiny.ONE_DEVICE | {"fsdp": 256}, "v5e")
     assert warning is not None
     assert warning.startswith("mesh.fsdp 256 leaves 32 of D = 8192 on a device;")
     assert "With mesh.fsdp 64 or less" in warning
-    assert sharding.reduced_whole({"D": 64}, tiny.ONE_DEVICE) is None, "nothing is gathered"
+    assert sharding.reduced_whole({"D": 64}, tiny.ONE_DEVICE, "v5e") is None, "nothing is gathered"
     for axis, other in (("fsdp", "context"), ("context", "fsdp")):
-        warning = sharding.reduced_whole(sizes, tiny.ONE_DEVICE | {axis: 16})
+        warning = sharding.reduced_whole(sizes, tiny.ONE_DEVICE | {axis: 16}, "v5e")
         assert warning is not None
         assert warning.startswith(f"mesh.{axis} 16 is all devices,")
         assert f"With a part of them in mesh.{other}," in warning
-        assert sharding.reduced_whole(sizes, tiny.ONE_DEVICE | {axis: 16, "data": 2}) is None
+        assert sharding.reduced_whole(sizes, tiny.ONE_DEVICE | {axis: 16, "data": 2}, "v5e") is None
+        assert sharding.reduced_whole(sizes, tiny.ONE_DEVICE | {axis: 16}, "tpu7x") is None
 
 
 @pytest.mark.parametrize("shards", [1, 2, 4])
