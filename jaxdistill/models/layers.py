@@ -16,7 +16,7 @@ from jaxdistill.sharding import einsum, gather, spec
 _STRETCH = 16_384  # positions on one device that the MLP works on at a time, where rows are more than twice as long
 
 PROJECTION_NAME = "projection"  # remat policies know a projection's result by this name
-Projection = Callable[[str, Array, Array], Array]  # as `projection`; models/quantized.py has others
+Projection = Callable[[str, Array, Any], Array]  # as `projection`; models/quantized.py has others
 
 
 def projection(equation: str, x: Array, w: Array) -> Array:
@@ -120,14 +120,14 @@ def swiglu(
 ) -> Float[Array, "B T D"]:
     """The gated MLP of all families; `w` is a block with w_gate, w_up and w_down."""
 
-    def mlp(x: Array, w_gate: Array, w_up: Array, w_down: Array) -> Array:
+    def mlp(x: Array, w_gate: Any, w_up: Any, w_down: Any) -> Array:
         gate, up = project("BTD,DF->BTF", x, w_gate), project("BTD,DF->BTF", x, w_up)
         return project("BTF,FD->BTD", activation(gate) * up, w_down)
 
     return by_stretches(mlp, x, w.w_gate, w.w_up, w.w_down)
 
 
-def by_stretches(f: Callable[..., Array], x: Float[Array, "B T D"], *weights: Array) -> Float[Array, "B T E"]:
+def by_stretches(f: Callable[..., Array], x: Float[Array, "B T D"], *weights: Any) -> Float[Array, "B T E"]:
     """f(x, *weights), which treats each position by itself: one stretch of a very long row after the other.
 
     So what f computes on its way, stored weights that it gathers included, is never held for more than `_STRETCH`
@@ -140,11 +140,11 @@ def by_stretches(f: Callable[..., Array], x: Float[Array, "B T D"], *weights: Ar
     pieces = _pieces(T // shards)
     if pieces == 1:
         return f(x, *weights)
-    wide = [w.astype(jnp.float32) for w in weights]
+    wide = jax.tree.map(lambda w: w.astype(jnp.float32) if jnp.issubdtype(w.dtype, jnp.floating) else w, weights)
 
     @jax.checkpoint
-    def stretch(x: Array, wide: list[Array]) -> Array:
-        return f(x, *(w.astype(stored.dtype) for w, stored in zip(wide, weights, strict=True)))
+    def stretch(x: Array, wide: tuple[Any, ...]) -> Array:
+        return f(x, *jax.tree.map(lambda w, stored: w.astype(stored.dtype), wide, weights))
 
     # [B, T, D] -> [pieces, B, T / pieces, D], each device's positions for themselves
     split = jax.lax.reshape(x, (B, shards, pieces, T // shards // pieces, D), out_sharding=spec("BTstD"))
