@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxdistill import hf, manifest, sharding, weights
+from jaxdistill import hf, lora, manifest, sharding, weights
 from jaxdistill.errors import UserError, disk_full
 from jaxdistill.models import decoder
 from jaxdistill.models.config import Config
@@ -148,8 +148,8 @@ def steps_folder(phase: Path) -> Path:
     return (phase / _FOLDER).absolute()
 
 
-def locate(model: Path, step: int | None = None) -> tuple[Path, str] | None:
-    """The folder of a checkpoint's arrays, and what of them is the weights; None for a Hugging Face folder.
+def locate(model: Path, step: int | None = None) -> tuple[Path, dict[str, Any]] | None:
+    """The folder of a checkpoint's arrays, and what it holds beside them; None for a Hugging Face folder.
 
     Raises:
       UserError: the phase has no such checkpoint.
@@ -158,7 +158,7 @@ def locate(model: Path, step: int | None = None) -> tuple[Path, str] | None:
         return None
     with ocp.CheckpointManager((model / _FOLDER).absolute()) as manager:
         step = _whole_step(manager, model, step)
-        return model / _FOLDER / str(step) / "state", _read_input(manager, step).get("result", RESULT)
+        return model / _FOLDER / str(step) / "state", _read_input(manager, step)
 
 
 def _whole_step(manager: ocp.CheckpointManager, model: Path, step: int | None) -> int:
@@ -186,9 +186,30 @@ def load_model(model: Path, step: int | None = None, dtype: Any = np.float32) ->
     with ocp.CheckpointManager((model / _FOLDER).absolute()) as manager:
         step = _whole_step(manager, model, step)
         sharding.check_divisible(config.sizes(), dict(jax.sharding.get_mesh().shape))
-        result = _read_input(manager, step).get("result", RESULT)  # the state's field: the weights or their average
-        wanted = {result: weights.abstract(decoder.template(config), dtype)}
+        found = _read_input(manager, step)
+        result = found.get("result", RESULT)  # the state's field: the weights or their average
+        adapters = lora.from_json(found["lora"]["config"]) if "lora" in found else None
+        template: Any = decoder.template(config)
+        if adapters is None:
+            wanted = {result: weights.abstract(template, dtype)}
+        else:
+            wanted = {result: weights.abstract(lora.template(adapters, template))}
         layouts = ocp.checkpoint_utils.construct_restore_args(wanted)
         items = ocp.args.Composite(state=ocp.args.PyTreeRestore(wanted, restore_args=layouts, partial_restore=True))
         params = manager.restore(step, args=items)["state"][result]
-    return params, config
+    if adapters is None:
+        return params, config
+    base, _ = load_model(adapted(model, found), found["lora"]["step"], dtype)
+    return lora.merge(base, params, adapters), config
+
+
+def adapted(phase: Path, found: dict[str, Any]) -> Path:
+    """The model that a phase's adapters belong to, by what a checkpoint of it holds.
+
+    Raises:
+      UserError: it is no longer there.
+    """
+    model = Path(found["lora"]["model"])
+    if not model.is_dir():
+        raise UserError(f"{phase} holds adapters of {model}, which is not there; put the model back")
+    return model

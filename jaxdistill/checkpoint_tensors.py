@@ -13,7 +13,8 @@ import orbax.checkpoint as ocp
 import tensorstore
 from orbax.checkpoint.type_handlers import NumpyHandler
 
-from jaxdistill import checkpoint, hf, weights
+from jaxdistill import checkpoint, hf, lora, weights
+from jaxdistill.errors import UserError
 from jaxdistill.hf_tensors import Part, Source, Stacked, Tensors, check, parts, read_part
 from jaxdistill.models import decoder
 from jaxdistill.models.config import Config
@@ -24,16 +25,42 @@ def open_model(model: Path, step: int | None = None) -> Iterator[tuple[Source, C
     """The tensors of a model by Hugging Face name, and its architecture; arguments and errors as of `load_model`."""
     c, _ = hf.read_config(checkpoint.base_of(model))
     template = decoder.template(c)
-    if (found := checkpoint.locate(model, step)) is not None:
-        yield _of_checkpoint(*found, template), c
+    if (located := checkpoint.locate(model, step)) is not None:
+        state, found = located
+        result = found.get("result", checkpoint.RESULT)
+        if "lora" not in found:
+            yield Stacked(template, _reader(state, result, template)), c
+            return
+        config = lora.from_json(found["lora"]["config"])
+        declared = lora.template(config, template)
+        adapters = lora.on_host(declared, _reader(state, result, declared))
+        with open_model(checkpoint.adapted(model, found), found["lora"]["step"]) as (base, _):
+            yield lora.Merged(base, template, adapters, config), c
         return
     with Tensors(model) as tensors:
         check(template, tensors.shapes(), str(model))
         yield tensors, c
 
 
-def _of_checkpoint(state: Path, tree: str, template: decoder.Params) -> Source:
-    """The tensors in a checkpoint of Orbax.
+def open_adapters(model: Path, step: int | None) -> tuple[Source, dict[str, lora.Adapter], lora.LoraConfig, Path]:
+    """The adapters of a phase: tensors by PEFT's names, declarations, configuration, and the model they belong to.
+
+    Raises:
+      UserError: the phase has none.
+    """
+    c, _ = hf.read_config(checkpoint.base_of(model))
+    located = checkpoint.locate(model, step)
+    if located is None or "lora" not in located[1]:
+        raise UserError(f"{model} has no adapters; expected a phase that was trained with lora.rank")
+    state, found = located
+    config = lora.from_json(found["lora"]["config"])
+    declared = lora.template(config, decoder.template(c))
+    tensors = Stacked(declared, _reader(state, found.get("result", checkpoint.RESULT), declared))
+    return tensors, declared, config, checkpoint.adapted(model, found)
+
+
+def _reader(state: Path, tree: str, template: Any) -> Callable[[int, Any], np.ndarray]:
+    """Reads the weight with this place among a template's leaves, by an index, from a checkpoint of Orbax.
 
     What is read of it are whole chunks. Those that `checkpoint.save_args` asks for hold one layer; before it did, a
     device's part of all layers was one.
@@ -41,10 +68,11 @@ def _of_checkpoint(state: Path, tree: str, template: decoder.Params) -> Source:
     base = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{state.absolute()}/"}}
     opened = {}
     for leaf, (path, _) in enumerate(jax.tree.leaves_with_path(template, is_leaf=weights.is_declared)):
-        place = ".".join([tree, *(key.name for key in path)])  # type: ignore[attr-defined]
+        names = (getattr(key, "name", None) or key.key for key in path)  # type: ignore[attr-defined]
+        place = ".".join([tree, *names])
         spec = {"driver": "zarr", "kvstore": {**base, "path": f"{place}/"}, "recheck_cached_data": False}
         opened[leaf] = tensorstore.open(spec, read=True, open=True).result()
-    return Stacked(template, lambda leaf, index: opened[leaf][index].read().result())
+    return lambda leaf, index: opened[leaf][index].read().result()
 
 
 def write(phase: Path, tensors: Source, template: decoder.Params, dtype: Any) -> None:

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import jax
 import jinja2
+import numpy as np
 from rich.console import Console
 
-from jaxdistill import hf, manifest
+from jaxdistill import hf, lora, manifest
 from jaxdistill.checkpoint import base_of, fingerprint
-from jaxdistill.checkpoint_tensors import open_model
+from jaxdistill.checkpoint_tensors import open_adapters, open_model
 from jaxdistill.data import chat
-from jaxdistill.errors import UserError
+from jaxdistill.errors import RunError, UserError
 from jaxdistill.export_check import check
 from jaxdistill.sharding import MeshConfig
 
@@ -26,6 +27,7 @@ class ExportConfig:
     workdir: Path  # the folder to write: new, empty, or an earlier export
     model: Path  # a phase folder of a training run, or a Hugging Face folder
     step: int | None = None  # checkpoint of the phase; the newest by default
+    adapters: bool = False  # those of a phase with lora.rank alone, in PEFT's format; by default they are merged
     dtype: str | None = None  # of the tensors, "float32" or "bfloat16"; by default as in the model trained from
     verify: bool = True  # reload it and compare: every tensor, logits, and greedy text where the model fits in memory
     verify_tokens: int = 256  # of the logits check, spread over its positions
@@ -46,6 +48,8 @@ def main(config: ExportConfig) -> float | None:
     if folder.resolve() == base_of(model).resolve():
         raise UserError(f"workdir is {folder}, the folder that the model comes from; export to another one")
     _check_target(folder)
+    if config.adapters:
+        return _export_adapters(config)
     facts = {"settings": dataclasses.asdict(config), "model": fingerprint(model, config.step)}
     inputs = [base_of(model) / "config.json"]
     with jax.set_mesh(config.mesh.build()), open_model(model, config.step) as (tensors, c):
@@ -65,6 +69,25 @@ def main(config: ExportConfig) -> float | None:
     manifest.write_manifest(folder, "export", inputs, {"files": len(files)}, **outcome, **facts)
     Console(stderr=True, markup=False).print(f"exported {model} to {folder}; {found}")
     return seen.logit_error if seen else None
+
+
+def _export_adapters(config: ExportConfig) -> None:
+    """Writes the adapters of a phase in PEFT's format, and reads them back."""
+    model, folder = config.model, config.workdir
+    tensors, declared, c, base = open_adapters(model, config.step)
+    facts = {"settings": dataclasses.asdict(config), "model": fingerprint(model, config.step)}
+    inputs = [base_of(model) / "config.json"]
+    manifest.write_manifest(folder, "export", inputs, {}, verified=False, **facts)
+    lora.save(folder, tensors, declared, c, str(base))
+    hf.copy_companions(base_of(model), folder)
+    if config.verify:
+        with lora.opened(folder) as written:
+            wrong = [name for name in tensors.shapes() if not np.array_equal(written[name], tensors[name])]
+        if wrong:
+            raise RunError(f"{folder}: these tensors differ from the checkpoint's: {', '.join(wrong)}; do not use them")
+    found = "reloaded: every tensor equal" if config.verify else "not verified"
+    manifest.write_manifest(folder, "export", inputs, {}, verified=config.verify, check=found, **facts)
+    Console(stderr=True, markup=False).print(f"exported the adapters of {model} to {folder}; {found}")
 
 
 def model_card(name: str, model: Path, weights: str, found: str) -> str:

@@ -52,16 +52,16 @@ class Source(Protocol):
 class Tensors(contextlib.AbstractContextManager):
     """The tensors of a folder, whether in one safetensors file or in several with an index."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, name: str = "model.safetensors"):
         self._open = contextlib.ExitStack()
-        index, single = folder / INDEX, folder / "model.safetensors"
+        index, single = folder / INDEX, folder / name
         if index.is_file():
             file_of = read_json(index).get("weight_map", {})
         elif single.is_file():
             with _safe_open(single) as file:
                 file_of = dict.fromkeys(file.keys(), single.name)
         else:
-            raise UserError(f"{folder} holds neither model.safetensors nor {INDEX}; expected Hugging Face weights")
+            raise UserError(f"{folder} holds neither {name} nor {INDEX}; expected Hugging Face weights")
         lost = sorted(name for name in set(file_of.values()) if not (folder / name).is_file())
         if lost:
             raise UserError(f"{folder}: {INDEX} names files that are not there: {', '.join(lost)}")
@@ -158,16 +158,17 @@ class Stacked:
         return self._read(part.leaf, slice(start, stop))  # those that belong to no layer are laid out as there
 
 
-def check(template: decoder.Params, found: Mapping[str, tuple[int, ...]], where: str) -> None:
-    """Compares the tensors a model needs with those a folder has.
+def check(template: Any, found: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Compares the tensors that hold these weights with those a folder has.
 
     Raises:
       UserError: tensors are missing, extra or misshapen; every one of them is named.
     """
     needed = Stacked(template, _unread).shapes()
-    tied = {"lm_head.weight"} if template.unembed is None else set()  # some exporters write the shared matrix twice
+    tied = isinstance(template, decoder.Params) and template.unembed is None
+    passed_over = {"lm_head.weight"} if tied else set()  # some exporters write the shared matrix twice
     problems = [f"missing {name} {list(needed[name])}" for name in sorted(needed.keys() - found.keys())]
-    extra = {name for name in found.keys() - needed.keys() - tied if not name.endswith(_DERIVED)}
+    extra = {name for name in found.keys() - needed.keys() - passed_over if not name.endswith(_DERIVED)}
     problems += [f"unexpected {name} {list(found[name])}" for name in sorted(extra)]
     problems += [
         f"{name} is {list(found[name])}, expected {list(needed[name])}"

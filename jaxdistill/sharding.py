@@ -136,6 +136,8 @@ def gather(weight: jax.Array, dims: str, dtype: Any) -> jax.Array:
     dimensions of its layout, and where parts are no whole tiles it reduce-scatters by a whole all-reduce.
     """
     axes = split_over(spec("D", STORAGE))
+    if "D" not in dims:  # computed where it is stored
+        return jax.sharding.reshard(weight.astype(dtype), jax.P(*spec(dims), reduced=TOKEN_AXES))
     stored = jax.P(*spec(dims, STORAGE), reduced=TOKEN_AXES.difference(axes))
     gathered = jax.P(*spec(dims), reduced=TOKEN_AXES)
     weight = jax.sharding.reshard(weight.astype(dtype), stored)

@@ -16,13 +16,13 @@ import optax
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 
-from jaxdistill import chips, manifest, metrics, optim, runtime, sharding, weights
-from jaxdistill.checkpoint import Checkpoints, fingerprint, keep_base, load_model, newest_input
+from jaxdistill import chips, manifest, metrics, optim, runtime, sharding
+from jaxdistill.checkpoint import Checkpoints, fingerprint, keep_base, newest_input
 from jaxdistill.data import chat, loader
 from jaxdistill.data.packing import Batch
 from jaxdistill.errors import PreemptedError, UserError
 from jaxdistill.evaluate.live import Live, numbers
-from jaxdistill.models import decoder, quantized
+from jaxdistill.models import quantized
 from jaxdistill.models.attention import backends
 from jaxdistill.progress import Progress
 from jaxdistill.train_config import Phase, TrainConfig, check_decontaminated, check_fits, read_architecture
@@ -35,6 +35,7 @@ from jaxdistill.train_step import (
     new_state,
     place,
 )
+from jaxdistill.trained import Trained
 
 _COLUMNS = (
     TextColumn("{task.description}"),
@@ -83,7 +84,7 @@ class Run:
         attention = check_fits(config, self.c, sizes, device)
         quantized.check(config.step.matmul_dtype, device)
         self.projections = quantized.describe(config.step.matmul_dtype, device)
-        self.template = decoder.template(self.c)
+        self.trained = Trained(config, self.c)
         check_memory(config.step, {memory.kind for memory in jax.local_devices()[0].addressable_memories()})
         self.tokenizer = chat.load_tokenizer(self.base)
         self.preemption, self.leads = preemption, runtime.leads()
@@ -125,10 +126,11 @@ class Run:
                 "deal_window": config.deal_window,
                 "seed": config.seed,
                 "optim": dataclasses.asdict(phase.optim),
+                **({"lora": dataclasses.asdict(config.lora)} if config.lora.rank else {}),
             }
-            origin = json.loads(json.dumps(origin))  # as a checkpoint gives it back
+            origin = json.loads(json.dumps(origin, default=str))  # as a checkpoint gives it back
             parent = hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()
-            optimizer = optim.make(phase.optim, steps, self.template)
+            optimizer = optim.make(phase.optim, steps, self.trained.template)
             stages.append(_Stage(phase, self.workdir / phase.name, rows, steps, optimizer, origin))
             _check_earlier(stages[-1])
         return stages
@@ -172,7 +174,7 @@ class Run:
         try:
             state = self._start(stage, checkpoints, batches, model, log)
             self._describe(stage, int(state.step))
-            state = self._loop(state, stage, batches, checkpoints, log)
+            state = self._loop(state, stage, batches, checkpoints, log, self.trained.facts(model))
             heldout = self._log_heldout(stage.steps, getattr(state, state.result_name), log)
         finally:
             checkpoints.close()
@@ -198,13 +200,13 @@ class Run:
         """The newest checkpoint's state, with the input moved to its place; or a new state from `model`."""
         newest, dtype = checkpoints.latest_step, jnp.dtype(stage.phase.optim.state_dtype)
         average, offload = stage.phase.optim.average_decay > 0, self.config.step.offload_moments
+        self.trained.read(model)
         if newest is None:
-            params, _ = load_model(model, dtype=dtype)
-            state = new_state(params, stage.optimizer, self.config.seed, average, offload)
+            state = new_state(self.trained.first(model, dtype), stage.optimizer, self.config.seed, average, offload)
             self._log_heldout(0, state.params, log)
             self._log_task(0, state.params, stage, log)
             return state
-        like = abstract_state(self.template, stage.optimizer, dtype, average, offload)
+        like = abstract_state(self.trained.template, stage.optimizer, dtype, average, offload)
         state, stored = checkpoints.restore(newest, like)
         batches.set_state(stored["position"])
         self.console.print(f"resumed from step {newest}")
@@ -213,7 +215,7 @@ class Run:
     def _describe(self, stage: _Stage, start: int) -> None:
         rows = stage.rows
         self.console.print(
-            f"[bold]{stage.name}[/bold]: {weights.count(self.template):,} parameters; {len(rows.documents)} examples "
+            f"[bold]{stage.name}[/bold]: {self.trained}; {len(rows.documents)} examples "
             f"in {len(rows)} rows of {rows.row_tokens} ({rows.padding_fraction:.1%} padding), "
             f"{len(rows.dropped)} dropped as longer than a row; steps {start} to {stage.steps}"
         )
@@ -229,10 +231,12 @@ class Run:
         batches: grain.DatasetIterator,
         checkpoints: Checkpoints,
         log: metrics.MetricsLog,
+        beside: Mapping[str, Any],
     ) -> State:
         """Steps to the end; the metrics of a step are read while the next one runs."""
         config, steps, start = self.config, stage.steps, int(state.step)
-        train_step = make_step(config.step, self.attention, self.c, stage.optimizer, stage.phase.optim.average_decay)
+        decay = stage.phase.optim.average_decay
+        train_step = make_step(config.step, self.attention, self.c, stage.optimizer, decay, self.trained.lora)
         with Progress(*_COLUMNS, console=self.console, speed_estimate_period=_ESTIMATE_S) as bar:
             task = bar.add_task(stage.name, total=steps, completed=start, note="compiling")
             steps_log = metrics.StepLog(
@@ -240,7 +244,7 @@ class Run:
                 log,
                 lambda number, note: bar.update(task, completed=number, note=note),
                 optim.schedule(stage.phase.optim, steps),
-                flops_per_token=self.c.flops_per_token(stage.rows.attended_tokens),
+                flops_per_token=self.trained.flops_per_token(stage.rows.attended_tokens),
                 peak_flops=jax.device_count() * self.peak,
                 every=config.log_every,
                 last=steps,
@@ -251,13 +255,13 @@ class Run:
                 if number == start + 1:
                     sharding.check_replicas(state.params, "weights")
                     sharding.check_replicas(placed, "batch")
-                state, values = train_step(state, placed)
+                state, values = train_step(state, placed, *self.trained.frozen)
                 steps_log.add(number, values, self._facts(batch), ids)
                 preempted = self.preemption.reached()
                 if number % config.save_every == 0 or number == steps or preempted:
                     steps_log.settle()  # a state is saved only after its loss was seen to be finite
                     place_in_input = {"position": batches.get_state(), "origin": stage.origin}
-                    checkpoints.save(number, state, {**place_in_input, "result": state.result_name})
+                    checkpoints.save(number, state, {**place_in_input, "result": state.result_name, **beside})
                 if self.live and not preempted and (number % config.evaluate.every == 0 or number == steps):
                     steps_log.settle()
                     self._log_task(number, getattr(state, state.result_name), stage, log)
@@ -269,7 +273,7 @@ class Run:
     def _facts(self, batch: Batch) -> dict[str, float]:
         """Tokens of a batch, its share of padding, and how unevenly its FLOPs fall on the data-parallel ranks."""
         tokens, mesh = np.count_nonzero(batch.segments), jax.sharding.get_mesh().shape
-        flops_per_position = self.c.flops_per_token(batch.lengths.mean(-1, dtype=np.float64))  # of each row
+        flops_per_position = self.trained.flops_per_token(batch.lengths.mean(-1, dtype=np.float64))  # of each row
         by_rank = flops_per_position.reshape(self.config.step.accumulate, mesh["data"] * mesh["fsdp"], -1).sum(-1)
         return {
             "tokens": float(tokens),
@@ -277,19 +281,19 @@ class Run:
             "flop_imbalance": metrics.flop_imbalance(by_rank),
         }
 
-    def _log_task(self, step: int, params: decoder.Params, stage: _Stage, log: metrics.MetricsLog) -> None:
+    def _log_task(self, step: int, params: Any, stage: _Stage, log: metrics.MetricsLog) -> None:
         """Scores of the task that is run while training."""
         if self.live is None:
             return
-        summary = self.live.run(params, stage.folder / "evaluations", step)
+        summary = self.live.run(self.trained.merged(params), stage.folder / "evaluations", step)
         log.write(step, **numbers(summary))
         self.console.print(f"{self.config.evaluate.task} at step {step}: {summary.accuracy}")
 
-    def _log_heldout(self, step: int, params: decoder.Params, log: metrics.MetricsLog) -> float | None:
+    def _log_heldout(self, step: int, params: Any, log: metrics.MetricsLog) -> float | None:
         """Token-mean loss on the held-out examples."""
         if self.heldout is None:
             return None
-        rows = self.config.batch_rows // self.config.step.accumulate
+        params, rows = self.trained.whole(params), self.config.batch_rows // self.config.step.accumulate
         total, weight = 0.0, 0.0
         with Progress(*_COLUMNS, console=self.console, transient=True) as bar:
             task = bar.add_task("held-out", total=math.ceil(len(self.heldout) / rows), note="")

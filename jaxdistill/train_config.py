@@ -13,6 +13,7 @@ from jaxdistill.evaluate.live import LiveConfig
 from jaxdistill.models.attention import Attention, backends
 from jaxdistill.models.config import Config
 from jaxdistill.models.context import ContextExtension
+from jaxdistill.models.lora import LoraConfig
 from jaxdistill.optim import OptimConfig
 from jaxdistill.sharding import MeshConfig
 from jaxdistill.train_step import StepConfig
@@ -50,6 +51,7 @@ class TrainConfig:
     evaluation_sets: tuple[Path, ...] = ()  # the model's tests; every example must have been checked against these
     allow_contamination: bool = False  # train although the manifests do not say that it was
     heldout: Path | None = None  # Example rows whose loss is measured before, between and after
+    lora: LoraConfig = LoraConfig()  # adapters that are trained in place of all weights
     evaluate: LiveConfig = LiveConfig()  # a task that is run on the weights as they are trained
     row_tokens: int = 8192  # T, positions in a packed row
     batch_rows: int = 8  # rows in an optimizer step, over all devices

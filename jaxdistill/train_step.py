@@ -17,9 +17,11 @@ from jaxdistill.loss import cross_entropy_sum
 from jaxdistill.models import decoder
 from jaxdistill.models.attention import REFERENCE, Attention, Backend, ContextParallelism
 from jaxdistill.models.config import Config
+from jaxdistill.models.lora import LoraConfig, adapting, apply
 from jaxdistill.models.quantized import MatmulDtype, projection_in
 from jaxdistill.sharding import HOST_MEMORY
 
+_DROPOUT = 2**31 - 2
 _ROUNDING = 2**31 - 1  # folded into a step's key; pieces of a batch fold in their numbers
 
 
@@ -51,7 +53,7 @@ class State:
     """
 
     step: Any  # int32 []
-    params: decoder.Params
+    params: Any  # decoder.Params, or the adapters that are trained in place of them
     opt_state: optax.OptState
     key: Any  # random key [], split by folding in the step
     average: Any = None  # Params: of the weights over the steps, where it is asked for
@@ -63,7 +65,7 @@ class State:
 
 
 def new_state(
-    params: decoder.Params,
+    params: Any,
     optimizer: optax.GradientTransformation,
     seed: int,
     average: bool = False,
@@ -80,7 +82,7 @@ def new_state(
 
 
 def abstract_state(
-    template: decoder.Params,
+    template: Any,
     optimizer: optax.GradientTransformation,
     dtype: Any,
     average: bool = False,
@@ -122,7 +124,8 @@ def loss_sum(
 ) -> Array:
     """Weighted negative log-likelihood of packed rows [B, T], summed over tokens."""
     rows = batch.tokens, batch.positions, batch.segments
-    x = decoder.hidden(params, *rows, c, dtype, remat, noise, attention, projection_in(matmul_dtype))
+    project = adapting(projection_in(matmul_dtype))
+    x = decoder.hidden(params, *rows, c, dtype, remat, noise, attention, project)
     return cross_entropy_sum(x, decoder.head(params), batch.targets, batch.weights, c.logit_cap)
 
 
@@ -143,7 +146,8 @@ def make_step(
     c: Config,
     optimizer: optax.GradientTransformation,
     average_decay: float = 0.0,
-) -> Callable[[State, Batch], tuple[State, dict[str, Array]]]:
+    lora: LoraConfig | None = None,
+) -> Callable[..., tuple[State, dict[str, Array]]]:
     """The jitted training step for the current mesh. Batches are [accumulate, B, T]; the old state's memory is reused.
 
     The loss is the mean over the global batch's weighted tokens: pieces are summed and divided once.
@@ -151,26 +155,30 @@ def make_step(
     Args:
       attention: as config asks for it, with the platform's backend where it leaves that open.
       average_decay: of the state's average, where it has one.
+      lora: the state's params are adapters; the step takes the model's own weights, which stay, as a third argument.
     """
     dtype = jnp.dtype(config.compute_dtype)
 
-    def piece_loss(params: decoder.Params, piece: Batch, key: PRNGKeyArray, total: Array) -> Array:
+    def piece_loss(params: Any, piece: Batch, key: PRNGKeyArray, total: Array, frozen: decoder.Params | None) -> Array:
         alpha = config.neftune_alpha
         noise = neftune_noise(key, piece.lengths, alpha, c, dtype) if alpha else None
+        if lora is not None:
+            assert frozen is not None
+            params = apply(frozen, params, lora, jax.random.fold_in(key, _DROPOUT))
         return loss_sum(params, piece, c, dtype, config.remat, noise, attention, config.matmul_dtype) / total
 
-    def step(state: State, batch: Batch) -> tuple[State, dict[str, Array]]:
+    def step(state: State, batch: Batch, frozen: decoder.Params | None = None) -> tuple[State, dict[str, Array]]:
         total = jnp.maximum(jnp.sum(batch.weights), 1e-6)
         key = jax.random.fold_in(state.key, state.step)
 
         def piece(carry: tuple[Array, Any], item: tuple[Batch, Array]) -> tuple[tuple[Array, Any], None]:
             rows, i = item
-            loss, grads = jax.value_and_grad(piece_loss)(state.params, rows, jax.random.fold_in(key, i), total)
+            loss, grads = jax.value_and_grad(piece_loss)(state.params, rows, jax.random.fold_in(key, i), total, frozen)
             return jax.tree.map(jnp.add, carry, (loss, grads)), None
 
         if config.accumulate == 1:
             rows = jax.tree.map(lambda a: a[0], batch)
-            loss, grads = jax.value_and_grad(piece_loss)(state.params, rows, key, total)
+            loss, grads = jax.value_and_grad(piece_loss)(state.params, rows, key, total, frozen)
         else:
             zero = (jnp.zeros(()), jax.tree.map(lambda w: jnp.zeros_like(w, jnp.float32), state.params))
             (loss, grads), _ = jax.lax.scan(piece, zero, (batch, jnp.arange(config.accumulate)))

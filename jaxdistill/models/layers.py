@@ -17,7 +17,7 @@ from jaxdistill.weights import Weight
 _STRETCH = 16_384  # positions on one device that the MLP works on at a time, where rows are more than twice as long
 
 PROJECTION_NAME = "projection"  # remat policies know a projection's result by this name
-Projection = Callable[[str, Array, Array], Array]  # as `projection`; models/quantized.py has others
+Projection = Callable[[str, Array, Any], Array]  # as `projection`; models/quantized.py has others
 
 
 def projection(equation: str, x: Array, w: Array) -> Array:
@@ -141,11 +141,11 @@ def by_stretches(f: Callable[..., Array], x: Float[Array, "B T D"], *weights: We
     pieces = _pieces(T // shards)
     if pieces == 1:
         return f(x, *weights)
-    wide = [w.astype(jnp.float32) for w in weights]
+    wide = jax.tree.map(lambda w: w.astype(jnp.float32) if jnp.issubdtype(w.dtype, jnp.floating) else w, weights)
 
     @jax.checkpoint
-    def stretch(x: Array, wide: list[Array]) -> Array:
-        return f(x, *(w.astype(stored.dtype) for w, stored in zip(wide, weights, strict=True)))
+    def stretch(x: Array, wide: tuple[Any, ...]) -> Array:
+        return f(x, *jax.tree.map(lambda w, stored: w.astype(stored.dtype), wide, weights))
 
     # [B, T, D] -> [pieces, B, T / pieces, D], each device's positions for themselves
     split = jax.lax.reshape(x, (B, shards, pieces, T // shards // pieces, D), out_sharding=spec("BTstD"))

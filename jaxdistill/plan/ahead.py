@@ -95,6 +95,8 @@ def compile_step(config: TrainConfig, c: Config, mesh: jax.sharding.Mesh, docume
       UserError: the mesh does not split the rows or the model evenly, or attention has no backend there.
       DoesNotFitError: the compiler ran out of a device's memory.
     """
+    if config.lora.rank:
+        raise UserError(f"lora.rank is {config.lora.rank}; plan knows runs that train all weights (lora.rank 0)")
     device = mesh.devices.flat[0]
     attention = check_fits(config, c, dict(mesh.shape), device)
     if documents:

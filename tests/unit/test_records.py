@@ -41,7 +41,7 @@ JSON = st.recursive(
 META = st.dictionaries(TEXT, JSON, max_size=3)
 MESSAGES = st.lists(st.dictionaries(TEXT, TEXT, max_size=3), max_size=3)
 VERDICT = st.fixed_dictionaries(
-    {"label": st.sampled_from(["correct", "wrong", "unverifiable"]), "rule": TEXT, "extracted": st.none() | TEXT}
+    {"label": st.sampled_from(["correct", "wrong", "unverifiable", "rated"]), "rule": TEXT, "extracted": st.none() | TEXT}
 )
 USAGE = st.fixed_dictionaries({field.name: COUNT for field in dataclasses.fields(Usage)})
 ROWS = {
@@ -94,7 +94,15 @@ ROWS = {
             "finish_reason": st.sampled_from(["stop", "length"]),
         }
     ),
-    Score: st.fixed_dictionaries({"completion_id": TEXT, "verdict": VERDICT, "grader": TEXT}),
+    Score: st.fixed_dictionaries(
+        {
+            "completion_id": TEXT,
+            "verdict": VERDICT,
+            "grader": TEXT,
+            "points": st.none() | st.floats(0, 1),
+            "judge": st.dictionaries(TEXT, TEXT, max_size=2),
+        }
+    ),
 }
 
 CHAIN = Chain(
