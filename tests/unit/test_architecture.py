@@ -29,7 +29,7 @@ ARRAYS = (
     ("sample",),
     ("serve", "export", "export_check"),
     ("evaluate",),
-    ("train_config", "train"),
+    ("train_config", "step_log", "heldout", "train_loop", "train"),
     ("plan", "doctor"),
     ("report", "launch"),
     ("demo",),
