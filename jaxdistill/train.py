@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from jaxdistill import manifest, metrics, optim, runtime, sharding, weights
-from jaxdistill.checkpoint import Checkpoints, fingerprint, keep_base, load_model, newest_input
+from jaxdistill.checkpoint import fingerprint, keep_base, load_model
+from jaxdistill.checkpoint_store import Checkpoints, newest_input
 from jaxdistill.data import chat, loader
 from jaxdistill.errors import UserError
 from jaxdistill.evaluate.live import Live
@@ -129,7 +130,7 @@ class Run:
             if self.heldout is not None:
                 loader.write_receipts(folder / "heldout_dropped.jsonl", self.heldout.rows.dropped)
             keep_base(self.base, folder, config.context)
-        checkpoints = Checkpoints(folder, config.keep)
+        checkpoints = Checkpoints(folder, config.retention)
         log = metrics.MetricsLog(folder, self.leads)
         loop = Loop(
             config=config,
@@ -150,11 +151,13 @@ class Run:
                 loop.measure(0, state.params)
                 loop.evaluate(0, state.params)
             self._describe(stage, int(state.step))
-            state = loop.to_the_end(state, batches)
-            heldout = loop.measure(stage.steps, getattr(state, state.result_name))
+            state, heldout = loop.to_the_end(state, batches)
+            if heldout is None:
+                heldout = loop.measure(stage.steps, getattr(state, state.result_name))
         finally:
             checkpoints.close()
             log.close()
+        self._describe_checkpoints(stage, checkpoints)
         return {
             "steps": stage.steps,
             "examples": len(rows.documents),
@@ -166,19 +169,29 @@ class Run:
         }
 
     def start(self, stage: Stage, checkpoints: Checkpoints, model: Path) -> tuple[State, grain.DatasetIterator]:
-        """The state of the newest checkpoint and the input at its place, or a new state from `model`."""
-        config, newest, dtype = self.config, checkpoints.latest_step, jnp.dtype(stage.phase.optim.state_dtype)
+        """The state of the newest good checkpoint and the input at its place, or a new state from `model`."""
+        config, dtype = self.config, jnp.dtype(stage.phase.optim.state_dtype)
         epochs = math.ceil(stage.steps * config.batch_rows / len(stage.rows))
         batches = loader.batches(stage.rows, config.batch_rows, epochs, config.seed, config.deal_window)
         average, offload = stage.phase.optim.average_decay > 0, config.step.offload_moments
-        if newest is None:
+        like = abstract_state(self.template, stage.optimizer, dtype, average, offload)
+        found = checkpoints.restore_newest(like, self._warn)
+        if found is None:
             params, _ = load_model(model, dtype=dtype)
             return new_state(params, stage.optimizer, config.seed, average, offload), batches
-        like = abstract_state(self.template, stage.optimizer, dtype, average, offload)
-        state, stored = checkpoints.restore(newest, like)
+        newest, state, stored = found
         batches.set_state(stored["position"])
         self.console.print(f"resumed from step {newest}")
         return state, batches
+
+    def _warn(self, words: str) -> None:
+        self.console.print(words, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+    def _describe_checkpoints(self, stage: Stage, checkpoints: Checkpoints) -> None:
+        words = f"checkpoints of {stage.name}: saving held the steps up for {checkpoints.blocked_s:.1f} s in all"
+        if best := checkpoints.best_step:
+            words += f"; the lowest held-out loss was at step {best}"
+        self.console.print(words, soft_wrap=True)
 
     def _describe(self, stage: Stage, start: int) -> None:
         rows = stage.rows

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 
 from jaxdistill import metrics, optim, runtime, sharding
-from jaxdistill.checkpoint import Checkpoints
+from jaxdistill.checkpoint_store import Checkpoints
 from jaxdistill.data import loader
 from jaxdistill.data.packing import Batch
 from jaxdistill.errors import PreemptedError
@@ -80,8 +80,10 @@ class Loop:
         """The held-out loss, where there are such rows."""
         return None if self.heldout is None else self.heldout.measure(step, params, self.log)
 
-    def to_the_end(self, state: State, batches: grain.DatasetIterator) -> State:
-        """The state after the last step; the metrics of a step are read while the next one runs.
+    def to_the_end(self, state: State, batches: grain.DatasetIterator) -> tuple[State, float | None]:
+        """The state after the last step, and the held-out loss if it was measured there.
+
+        The metrics of a step are read while the next one runs.
 
         Raises:
           PreemptedError: after SIGTERM, once the next step is saved.
@@ -89,6 +91,7 @@ class Loop:
         """
         config, stage, last, start = self.config, self.stage, self.stage.steps, int(state.step)
         train_step = make_step(config.step, self.attention, self.c, stage.optimizer, stage.phase.optim.average_decay)
+        loss = None
         with Progress(*_COLUMNS, console=self.console, speed_estimate_period=_ESTIMATE_S) as bar:
             steps_log = self._steps_log(bar, start)
             for number in range(start + 1, last + 1):
@@ -102,15 +105,24 @@ class Loop:
                 preempted = self.preemption.reached()
                 if number % config.save_every == 0 or number == last or preempted:
                     steps_log.settle()  # a state is saved only after its loss was seen to be finite
-                    place_in_input = {"position": batches.get_state(), "origin": stage.origin}
-                    self.checkpoints.save(number, state, {**place_in_input, "result": state.result_name})
+                    loss = self._save(number, state, batches)
+                    steps_log.restart_clock()
                 if self.live and not preempted and (number % config.evaluate.every == 0 or number == last):
                     steps_log.settle()
                     self.evaluate(number, getattr(state, state.result_name))
                     steps_log.restart_clock()
                 if preempted:
                     raise PreemptedError(f"preempted: step {number} of {stage.name} is saved; run it again to go on")
-        return state
+        return state, loss
+
+    def _save(self, number: int, state: State, batches: grain.DatasetIterator) -> float | None:
+        """Saves a step; measures the held-out loss before, where checkpoints are kept by it."""
+        loss = None
+        if self.config.retention.keep_best:
+            loss = self.measure(number, getattr(state, state.result_name))
+        position = {"position": batches.get_state(), "origin": self.stage.origin, "result": state.result_name}
+        self.checkpoints.save(number, state, position, loss)
+        return loss
 
     def _steps_log(self, bar: Progress, start: int) -> StepLog:
         task = bar.add_task(self.stage.name, total=self.stage.steps, completed=start, note="compiling")

@@ -23,9 +23,9 @@ TEXT = (
 )
 ARRAYS = (
     ("errors", "records", "manifest", "progress", "html", "plots", "thinking"),
-    ("chips", "sharding", "metrics", "rounding", "runtime", "weights"),
+    ("chips", "sharding", "metrics", "rounding", "runtime", "weights", "integrity"),
     ("compiler", "models", "loss", "optim", "optim_state", "data", "train_step"),
-    ("hf_tensors", "hf", "checkpoint", "checkpoint_tensors", "import_model"),
+    ("hf_tensors", "hf", "checkpoint_store", "checkpoint", "checkpoint_tensors", "import_model"),
     ("sample",),
     ("serve", "export", "export_check"),
     ("evaluate",),
