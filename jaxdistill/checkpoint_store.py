@@ -209,12 +209,16 @@ def attempt(place: Path, read: Callable[[], Any]) -> Any:
     except (RunError, UserError, jax.errors.JaxRuntimeError):
         raise
     except Exception as error:
-        cause: BaseException = error
-        while inner := cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__):
-            cause = inner
-        wrong = f"{type(cause).__name__}: {cause}".splitlines()[0][:200]  # without traces and status codes
+        wrong = _innermost(error)
     _forget_other_reads()
     raise DamagedError(f"{place} cannot be read ({wrong})")
+
+
+def _innermost(error: BaseException) -> str:
+    """The first cause of an exception in a line, without traces and status codes."""
+    while inner := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
+        error = inner
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def _forget_other_reads() -> None:
