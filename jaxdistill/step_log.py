@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from jaxdistill import watch
 from jaxdistill.errors import RunError
 from jaxdistill.metrics import MetricsLog
 
@@ -79,6 +80,6 @@ class StepLog:
         rate = facts["tokens"] / seconds
         mfu = self._mfu_of_rate * rate
         if number % self._every == 0 or number == self._last:
-            speed = {"step_s": seconds, "tokens_per_s": rate, "mfu": mfu}
+            speed = {"step_s": seconds, "tokens_per_s": rate, "mfu": mfu, **watch.memory_peaks()}
             self._log.write(number, **numbers, **facts, learning_rate=rate_of_learning, **speed)
         self._show(number, f"loss {numbers['loss']:.4f}  {rate:,.0f} tok/s  {seconds:.2f} s/step  MFU {mfu:.1%}")

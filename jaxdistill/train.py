@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from jaxdistill import manifest, metrics, optim, runtime, sharding, weights
+from jaxdistill import manifest, metrics, optim, runtime, sharding, watch, weights
 from jaxdistill.checkpoint import fingerprint, keep_base, load_model
 from jaxdistill.checkpoint_store import Checkpoints, newest_input
 from jaxdistill.data import chat, loader
@@ -104,9 +104,10 @@ class Run:
         runtime.meet("all inputs are checked")  # and nothing is written before
         if self.leads:
             manifest.write_config(self.workdir, config)
-        for stage in self.stages:
-            done[stage.name] = self.one_phase(stage, model)
-            model = stage.folder
+        with watch.Watch(self.workdir, config.silence_s) as watched:
+            for stage in self.stages:
+                done[stage.name] = self.one_phase(stage, model, watched)
+                model = stage.folder
         if self.leads:
             self._write_manifest(done)
         runtime.meet("all is written")
@@ -122,7 +123,7 @@ class Run:
         facts = {**origin, "devices": devices, "mfu_formula": metrics.MFU_FORMULA, "peak": self.peak_source, **how}
         manifest.write_manifest(self.workdir, "train", inputs, {}, phases=phases, **facts)
 
-    def one_phase(self, stage: Stage, model: Path) -> dict[str, Any]:
+    def one_phase(self, stage: Stage, model: Path, watched: watch.Watch) -> dict[str, Any]:
         """Trains one phase from `model` to its last step, or from its newest checkpoint."""
         config, rows, folder = self.config, stage.rows, stage.folder
         if self.leads:
@@ -142,6 +143,7 @@ class Run:
             log=log,
             heldout=self.heldout,
             live=self.live,
+            watched=watched,
             preemption=self.preemption,
             console=self.console,
         )

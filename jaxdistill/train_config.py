@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxdistill import hf, manifest, models, sharding
+from jaxdistill import hf, manifest, models, sharding, watch
 from jaxdistill.checkpoint import base_of
 from jaxdistill.checkpoint_store import RETENTION, Retention
 from jaxdistill.errors import UserError
@@ -61,6 +61,8 @@ class TrainConfig:
     save_every: int = 100  # steps between checkpoints
     retention: Retention = RETENTION  # which of them stay, of each phase
     log_every: int = 1  # steps between rows of metrics
+    silence_s: float = 1800.0  # seconds without a step until each host writes where all its threads hang
+    profile_steps: str | None = None  # first and last step of each phase, as a:b, to write an XProf trace of
 
     def __post_init__(self):
         if not self.phases or len({p.name for p in self.phases}) < len(self.phases):
@@ -68,6 +70,10 @@ class TrainConfig:
         for name in ("row_tokens", "batch_rows", "deal_window", "save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; expected 1 or more")
+        if self.silence_s <= 0:
+            raise UserError(f"silence_s is {self.silence_s}; expected more than 0")
+        if self.profile_steps is not None:
+            watch.span(self.profile_steps)
         if self.retention.keep_best and self.heldout is None:
             raise UserError("retention.keep_best goes by the held-out loss, but heldout names no file; name one")
         if self.batch_rows % self.step.accumulate:

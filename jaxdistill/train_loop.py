@@ -12,7 +12,7 @@ import optax
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 
-from jaxdistill import metrics, optim, runtime, sharding
+from jaxdistill import metrics, optim, runtime, sharding, watch
 from jaxdistill.checkpoint_store import Checkpoints
 from jaxdistill.data import loader
 from jaxdistill.data.packing import Batch
@@ -65,6 +65,7 @@ class Loop:
     log: metrics.MetricsLog
     heldout: Heldout | None
     live: Live | None
+    watched: watch.Watch
     preemption: runtime.Preemption
     console: Console
 
@@ -92,7 +93,10 @@ class Loop:
         config, stage, last, start = self.config, self.stage, self.stage.steps, int(state.step)
         train_step = make_step(config.step, self.attention, self.c, stage.optimizer, stage.phase.optim.average_decay)
         loss = None
-        with Progress(*_COLUMNS, console=self.console, speed_estimate_period=_ESTIMATE_S) as bar:
+        with (
+            watch.profile(stage.folder, config.profile_steps) as profile,
+            Progress(*_COLUMNS, console=self.console, speed_estimate_period=_ESTIMATE_S) as bar,
+        ):
             steps_log = self._steps_log(bar, start)
             for number in range(start + 1, last + 1):
                 batch, ids = next(batches)
@@ -100,9 +104,16 @@ class Loop:
                 if number == start + 1:
                     sharding.check_replicas(state.params, "weights")
                     sharding.check_replicas(placed, "batch")
+                if profile.starts_at(number):
+                    steps_log.settle()
+                    profile.start()
                 state, values = train_step(state, placed)
                 steps_log.add(number, values, self._facts(batch), ids)
                 preempted = self.preemption.reached()
+                if profile.ends_at(number):
+                    steps_log.settle()
+                    profile.stop()
+                    self.console.print(f"profile of steps {config.profile_steps}: {profile.folder}", soft_wrap=True)
                 if number % config.save_every == 0 or number == last or preempted:
                     steps_log.settle()  # a state is saved only after its loss was seen to be finite
                     loss = self._save(number, state, batches)
@@ -126,10 +137,15 @@ class Loop:
 
     def _steps_log(self, bar: Progress, start: int) -> StepLog:
         task = bar.add_task(self.stage.name, total=self.stage.steps, completed=start, note="compiling")
+
+        def show(number: int, note: str) -> None:
+            bar.update(task, completed=number, note=note)
+            self.watched.beat(self.stage.name, number)
+
         return StepLog(
             self.stage.name,
             self.log,
-            lambda number, note: bar.update(task, completed=number, note=note),
+            show,
             optim.schedule(self.stage.phase.optim, self.stage.steps),
             flops_per_token=self.c.flops_per_token(self.stage.rows.attended_tokens),
             peak_flops=jax.device_count() * self.peak_flops,

@@ -39,10 +39,10 @@ def due(step):
     return (now, step) == (phase_to_die_in, at)
 
 one_phase, write, save = train.Run.one_phase, metrics.MetricsLog.write, Checkpoints.save
-def entered(self, stage, model):
+def entered(self, stage, *arguments):
     global now
     now = stage.name
-    return one_phase(self, stage, model)
+    return one_phase(self, stage, *arguments)
 def logged(self, step, **values):
     write(self, step, **values)
     if during == "step" and due(step):

@@ -23,7 +23,7 @@ TEXT = (
 )
 ARRAYS = (
     ("errors", "records", "manifest", "progress", "html", "plots", "thinking"),
-    ("chips", "sharding", "metrics", "rounding", "runtime", "weights", "integrity"),
+    ("chips", "sharding", "metrics", "rounding", "runtime", "weights", "integrity", "watch"),
     ("compiler", "models", "loss", "optim", "optim_state", "data", "train_step"),
     ("hf_tensors", "hf", "checkpoint_store", "checkpoint", "checkpoint_tensors", "import_model"),
     ("sample",),
