@@ -20,6 +20,7 @@ from jaxdistill.records import (
     Chain,
     Completion,
     Example,
+    Label,
     Problem,
     Score,
     Usage,
@@ -41,7 +42,7 @@ JSON = st.recursive(
 META = st.dictionaries(TEXT, JSON, max_size=3)
 MESSAGES = st.lists(st.dictionaries(TEXT, TEXT, max_size=3), max_size=3)
 VERDICT = st.fixed_dictionaries(
-    {"label": st.sampled_from(["correct", "wrong", "unverifiable", "rated"]), "rule": TEXT, "extracted": st.none() | TEXT}
+    {"label": st.sampled_from(typing.get_args(Label)), "rule": TEXT, "extracted": st.none() | TEXT}
 )
 USAGE = st.fixed_dictionaries({field.name: COUNT for field in dataclasses.fields(Usage)})
 ROWS = {
