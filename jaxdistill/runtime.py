@@ -7,6 +7,7 @@ from types import FrameType
 from typing import Any
 
 import jax
+import numpy as np
 from jax._src import cloud_tpu_init  # no public name says what this one knows before the backend starts
 from jax.experimental import multihost_utils
 
@@ -53,6 +54,13 @@ def meet(where: str) -> None:
     """Waits until every process of the job is here."""
     if jax.distributed.is_initialized():
         multihost_utils.sync_global_devices(where)
+
+
+def anywhere(here: bool) -> bool:
+    """Whether it is so in any process of the job; each of them asks."""
+    if not jax.distributed.is_initialized():
+        return here
+    return bool(np.any(multihost_utils.process_allgather(np.array(here))))
 
 
 class Preemption:

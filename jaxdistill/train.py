@@ -11,39 +11,21 @@ from typing import Any
 import grain
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 
-from jaxdistill import chips, manifest, metrics, optim, runtime, sharding
-from jaxdistill.checkpoint import Checkpoints, fingerprint, keep_base, newest_input
+from jaxdistill import chips, manifest, metrics, optim, runtime, sharding, watch
+from jaxdistill.checkpoint import fingerprint, keep_base
+from jaxdistill.checkpoint_store import Checkpoints, newest_input
 from jaxdistill.data import chat, loader
-from jaxdistill.data.packing import Batch
-from jaxdistill.errors import PreemptedError, UserError
-from jaxdistill.evaluate.live import Live, numbers
+from jaxdistill.errors import UserError
+from jaxdistill.evaluate.live import Live
+from jaxdistill.heldout import Heldout
 from jaxdistill.models import quantized
 from jaxdistill.models.attention import backends
-from jaxdistill.progress import Progress
-from jaxdistill.train_config import Phase, TrainConfig, check_decontaminated, check_fits, read_architecture
-from jaxdistill.train_step import (
-    State,
-    abstract_state,
-    check_memory,
-    make_heldout_loss,
-    make_step,
-    new_state,
-    place,
-)
+from jaxdistill.train_config import TrainConfig, check_decontaminated, check_fits, read_architecture
+from jaxdistill.train_loop import Loop, Stage
+from jaxdistill.train_step import State, abstract_state, check_memory, new_state
 from jaxdistill.trained import Trained
-
-_COLUMNS = (
-    TextColumn("{task.description}"),
-    BarColumn(),
-    TextColumn("{task.completed}/{task.total}  {task.fields[note]}"),
-    TimeRemainingColumn(),
-)
-_ESTIMATE_S = 3600.0  # seconds of steps that the time left is estimated from; rich's 30 hold not one long step
 
 
 def main(config: TrainConfig) -> dict[str, Any]:
@@ -54,22 +36,6 @@ def main(config: TrainConfig) -> dict[str, Any]:
     """
     with jax.set_mesh(config.mesh.build()), runtime.Preemption() as preemption:
         return Run(config, preemption).all_phases()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Stage:
-    """A phase with its data, ready to be trained."""
-
-    phase: Phase
-    folder: Path
-    rows: loader.PackedSet
-    steps: int
-    optimizer: optax.GradientTransformation
-    origin: Mapping[str, Any]  # what its checkpoints stand on: starting weights, rows in their order, schedule
-
-    @property
-    def name(self) -> str:
-        return self.phase.name
 
 
 class Run:
@@ -96,20 +62,20 @@ class Run:
         lost = [str(phase.examples) for phase in config.phases if not phase.examples.is_file()]
         if lost:
             raise UserError(f"no such file: {', '.join(lost)}; expected JSON Lines files of examples")
-        self.heldout = self._prepare(config.heldout) if config.heldout else None
+        heldout = self._prepare(config.heldout) if config.heldout else None
         live = config.evaluate
         self.live = Live(live, self.base, self.c, config.step.compute_dtype) if live.every else None
         self.stages = self._stages()
-        packed = [stage.rows for stage in self.stages] + ([self.heldout] if self.heldout else [])
+        packed = [stage.rows for stage in self.stages] + ([heldout] if heldout else [])
         segments = 1 + max(len(row) for rows in packed for row in rows.rows)
         self.attention = dataclasses.replace(attention, segments=segments)
-        self.heldout_loss = make_heldout_loss(config.step, self.attention, self.c)
+        self.heldout = Heldout(config, heldout, self.attention, self.c, self.console) if heldout else None
 
     def _prepare(self, path: Path) -> loader.PackedSet:
         shows = self.leads and self.console.is_terminal
         return loader.prepare(path, self.tokenizer, self.config.row_tokens, self.c.vocab, shows)
 
-    def _stages(self) -> list[_Stage]:
+    def _stages(self) -> list[Stage]:
         """All phases, read and checked before anything is written: a mistake in the last one shows at once."""
         config, stages, parent = self.config, [], fingerprint(self.config.model)
         check_decontaminated(config)
@@ -131,7 +97,7 @@ class Run:
             origin = json.loads(json.dumps(origin, default=str))  # as a checkpoint gives it back
             parent = hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()
             optimizer = optim.make(phase.optim, steps, self.trained.template)
-            stages.append(_Stage(phase, self.workdir / phase.name, rows, steps, optimizer, origin))
+            stages.append(Stage(phase, self.workdir / phase.name, rows, steps, optimizer, origin))
             _check_earlier(stages[-1])
         return stages
 
@@ -141,9 +107,10 @@ class Run:
         runtime.meet("all inputs are checked")  # and nothing is written before
         if self.leads:
             manifest.write_config(self.workdir, config)
-        for stage in self.stages:
-            done[stage.name] = self.one_phase(stage, model)
-            model = stage.folder
+        with watch.Watch(self.workdir, config.silence_s) as watched:
+            for stage in self.stages:
+                done[stage.name] = self.one_phase(stage, model, watched)
+                model = stage.folder
         if self.leads:
             self._write_manifest(done)
         runtime.meet("all is written")
@@ -159,26 +126,44 @@ class Run:
         facts = {**origin, "devices": devices, "mfu_formula": metrics.MFU_FORMULA, "peak": self.peak_source, **how}
         manifest.write_manifest(self.workdir, "train", inputs, {}, phases=phases, **facts)
 
-    def one_phase(self, stage: _Stage, model: Path) -> dict[str, Any]:
+    def one_phase(self, stage: Stage, model: Path, watched: watch.Watch) -> dict[str, Any]:
         """Trains one phase from `model` to its last step, or from its newest checkpoint."""
         config, rows, folder = self.config, stage.rows, stage.folder
         if self.leads:
             loader.write_receipts(folder / "dropped.jsonl", rows.dropped)
             if self.heldout is not None:
-                loader.write_receipts(folder / "heldout_dropped.jsonl", self.heldout.dropped)
+                loader.write_receipts(folder / "heldout_dropped.jsonl", self.heldout.rows.dropped)
             keep_base(self.base, folder, config.context)
-        checkpoints = Checkpoints(folder, config.keep)
-        epochs = math.ceil(stage.steps * config.batch_rows / len(rows))
-        batches = loader.batches(rows, config.batch_rows, epochs, config.seed, config.deal_window)
+        checkpoints = Checkpoints(folder, config.retention)
         log = metrics.MetricsLog(folder, self.leads)
+        loop = Loop(
+            config=config,
+            trained=self.trained,
+            stage=stage,
+            beside=self.trained.facts(model),
+            attention=self.attention,
+            peak_flops=self.peak,
+            checkpoints=checkpoints,
+            log=log,
+            heldout=self.heldout,
+            live=self.live,
+            watched=watched,
+            preemption=self.preemption,
+            console=self.console,
+        )
         try:
-            state = self._start(stage, checkpoints, batches, model, log)
+            state, batches = self.start(stage, checkpoints, model)
+            if not int(state.step):
+                loop.measure(0, state.params)
+                loop.evaluate(0, state.params)
             self._describe(stage, int(state.step))
-            state = self._loop(state, stage, batches, checkpoints, log, self.trained.facts(model))
-            heldout = self._log_heldout(stage.steps, getattr(state, state.result_name), log)
+            state, heldout = loop.to_the_end(state, batches)
+            if heldout is None:
+                heldout = loop.measure(stage.steps, getattr(state, state.result_name))
         finally:
             checkpoints.close()
             log.close()
+        self._describe_checkpoints(stage, checkpoints)
         return {
             "steps": stage.steps,
             "examples": len(rows.documents),
@@ -189,30 +174,32 @@ class Run:
             "heldout_loss": heldout,
         }
 
-    def _start(
-        self,
-        stage: _Stage,
-        checkpoints: Checkpoints,
-        batches: grain.DatasetIterator,
-        model: Path,
-        log: metrics.MetricsLog,
-    ) -> State:
-        """The newest checkpoint's state, with the input moved to its place; or a new state from `model`."""
-        newest, dtype = checkpoints.latest_step, jnp.dtype(stage.phase.optim.state_dtype)
-        average, offload = stage.phase.optim.average_decay > 0, self.config.step.offload_moments
+    def start(self, stage: Stage, checkpoints: Checkpoints, model: Path) -> tuple[State, grain.DatasetIterator]:
+        """The state of the newest good checkpoint and the input at its place, or a new state from `model`."""
+        config, dtype = self.config, jnp.dtype(stage.phase.optim.state_dtype)
+        epochs = math.ceil(stage.steps * config.batch_rows / len(stage.rows))
+        batches = loader.batches(stage.rows, config.batch_rows, epochs, config.seed, config.deal_window)
+        average, offload = stage.phase.optim.average_decay > 0, config.step.offload_moments
         self.trained.read(model)
-        if newest is None:
-            state = new_state(self.trained.first(model, dtype), stage.optimizer, self.config.seed, average, offload)
-            self._log_heldout(0, state.params, log)
-            self._log_task(0, state.params, stage, log)
-            return state
         like = abstract_state(self.trained.template, stage.optimizer, dtype, average, offload)
-        state, stored = checkpoints.restore(newest, like)
+        found = checkpoints.restore_newest(like, self._warn)
+        if found is None:
+            return new_state(self.trained.first(model, dtype), stage.optimizer, config.seed, average, offload), batches
+        newest, state, stored = found
         batches.set_state(stored["position"])
         self.console.print(f"resumed from step {newest}")
-        return state
+        return state, batches
 
-    def _describe(self, stage: _Stage, start: int) -> None:
+    def _warn(self, words: str) -> None:
+        self.console.print(words, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+    def _describe_checkpoints(self, stage: Stage, checkpoints: Checkpoints) -> None:
+        words = f"checkpoints of {stage.name}: saving held the steps up for {checkpoints.blocked_s:.1f} s in all"
+        if best := checkpoints.best_step:
+            words += f"; the lowest held-out loss was at step {best}"
+        self.console.print(words, soft_wrap=True)
+
+    def _describe(self, stage: Stage, start: int) -> None:
         rows = stage.rows
         self.console.print(
             f"[bold]{stage.name}[/bold]: {self.trained}; {len(rows.documents)} examples "
@@ -224,91 +211,8 @@ class Run:
         if self.config.step.matmul_dtype != "compute":
             self.console.print(f"projections in {self.projections}; MFU counts against the peak above all the same")
 
-    def _loop(
-        self,
-        state: State,
-        stage: _Stage,
-        batches: grain.DatasetIterator,
-        checkpoints: Checkpoints,
-        log: metrics.MetricsLog,
-        beside: Mapping[str, Any],
-    ) -> State:
-        """Steps to the end; the metrics of a step are read while the next one runs."""
-        config, steps, start = self.config, stage.steps, int(state.step)
-        decay = stage.phase.optim.average_decay
-        train_step = make_step(config.step, self.attention, self.c, stage.optimizer, decay, self.trained.lora)
-        with Progress(*_COLUMNS, console=self.console, speed_estimate_period=_ESTIMATE_S) as bar:
-            task = bar.add_task(stage.name, total=steps, completed=start, note="compiling")
-            steps_log = metrics.StepLog(
-                stage.name,
-                log,
-                lambda number, note: bar.update(task, completed=number, note=note),
-                optim.schedule(stage.phase.optim, steps),
-                flops_per_token=self.trained.flops_per_token(stage.rows.attended_tokens),
-                peak_flops=jax.device_count() * self.peak,
-                every=config.log_every,
-                last=steps,
-            )
-            for number in range(start + 1, steps + 1):
-                batch, ids = next(batches)
-                placed = place(batch, config.step.accumulate)
-                if number == start + 1:
-                    sharding.check_replicas(state.params, "weights")
-                    sharding.check_replicas(placed, "batch")
-                state, values = train_step(state, placed, *self.trained.frozen)
-                steps_log.add(number, values, self._facts(batch), ids)
-                preempted = self.preemption.reached()
-                if number % config.save_every == 0 or number == steps or preempted:
-                    steps_log.settle()  # a state is saved only after its loss was seen to be finite
-                    place_in_input = {"position": batches.get_state(), "origin": stage.origin}
-                    checkpoints.save(number, state, {**place_in_input, "result": state.result_name, **beside})
-                if self.live and not preempted and (number % config.evaluate.every == 0 or number == steps):
-                    steps_log.settle()
-                    self._log_task(number, getattr(state, state.result_name), stage, log)
-                    steps_log.restart_clock()
-                if preempted:
-                    raise PreemptedError(f"preempted: step {number} of {stage.name} is saved; run it again to go on")
-        return state
 
-    def _facts(self, batch: Batch) -> dict[str, float]:
-        """Tokens of a batch, its share of padding, and how unevenly its FLOPs fall on the data-parallel ranks."""
-        tokens, mesh = np.count_nonzero(batch.segments), jax.sharding.get_mesh().shape
-        flops_per_position = self.trained.flops_per_token(batch.lengths.mean(-1, dtype=np.float64))  # of each row
-        by_rank = flops_per_position.reshape(self.config.step.accumulate, mesh["data"] * mesh["fsdp"], -1).sum(-1)
-        return {
-            "tokens": float(tokens),
-            "padding_fraction": 1 - tokens / batch.segments.size,
-            "flop_imbalance": metrics.flop_imbalance(by_rank),
-        }
-
-    def _log_task(self, step: int, params: Any, stage: _Stage, log: metrics.MetricsLog) -> None:
-        """Scores of the task that is run while training."""
-        if self.live is None:
-            return
-        summary = self.live.run(self.trained.merged(params), stage.folder / "evaluations", step)
-        log.write(step, **numbers(summary))
-        self.console.print(f"{self.config.evaluate.task} at step {step}: {summary.accuracy}")
-
-    def _log_heldout(self, step: int, params: Any, log: metrics.MetricsLog) -> float | None:
-        """Token-mean loss on the held-out examples."""
-        if self.heldout is None:
-            return None
-        params, rows = self.trained.whole(params), self.config.batch_rows // self.config.step.accumulate
-        total, weight = 0.0, 0.0
-        with Progress(*_COLUMNS, console=self.console, transient=True) as bar:
-            task = bar.add_task("held-out", total=math.ceil(len(self.heldout) / rows), note="")
-            for batch, _ in loader.batches(self.heldout, rows, epochs=1, seed=0):
-                loss, tokens = self.heldout_loss(params, place(batch))
-                total, weight = total + float(loss), weight + float(tokens)
-                bar.update(task, advance=1)
-        if not weight:
-            raise UserError(f"{self.config.heldout}: every example that fits a row has weight 0; expected some above")
-        log.write(step, heldout_loss=total / weight)
-        self.console.print(f"held-out loss at step {step}: {total / weight:.4f} nats/token")
-        return total / weight
-
-
-def _check_earlier(stage: _Stage) -> None:
+def _check_earlier(stage: Stage) -> None:
     """Refuses to go on from a checkpoint of other data, another model or another schedule."""
     found = newest_input(stage.folder)
     if found is None:

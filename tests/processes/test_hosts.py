@@ -20,14 +20,14 @@ DEVICES = 4  # over all processes
 STEPS = {"first": 4, "second": 40}  # of each phase; the second is cut off
 RECIPE = """
 from pathlib import Path
-from jaxdistill import train
+from jaxdistill import train, train_config
 from jaxdistill.optim import OptimConfig
 from jaxdistill.sharding import MeshConfig
 from jaxdistill.train_step import StepConfig
 
 def config():
     phases = tuple(
-        train.Phase(name=name, examples=Path("{here}/examples.jsonl"), steps=n, optim=OptimConfig(peak_lr=1e-2))
+        train_config.Phase(name=name, examples=Path("{here}/examples.jsonl"), steps=n, optim=OptimConfig(peak_lr=1e-2))
         for name, n in {steps}.items()
     )
     return train.TrainConfig(workdir=Path("set by the test"), model=Path("{here}/hf"), phases=phases, row_tokens=128,

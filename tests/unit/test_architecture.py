@@ -23,13 +23,13 @@ TEXT = (
 )
 ARRAYS = (
     ("errors", "records", "manifest", "progress", "html", "plots", "thinking"),
-    ("chips", "sharding", "metrics", "rounding", "runtime", "weights"),
+    ("chips", "sharding", "metrics", "rounding", "runtime", "weights", "integrity", "watch"),
     ("compiler", "models", "loss", "optim", "optim_state", "data", "train_step"),
-    ("hf_tensors", "hf", "lora", "checkpoint", "checkpoint_tensors", "import_model"),
+    ("hf_tensors", "hf", "lora", "checkpoint_store", "checkpoint", "checkpoint_tensors", "import_model"),
     ("sample",),
     ("serve", "export", "export_check"),
     ("evaluate",),
-    ("train_config", "trained", "train"),
+    ("train_config", "trained", "step_log", "heldout", "train_loop", "train"),
     ("plan", "doctor"),
     ("report", "launch"),
     ("demo",),

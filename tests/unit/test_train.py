@@ -12,14 +12,14 @@ import orbax.checkpoint as ocp
 import pytest
 import tiny
 
-from jaxdistill import hf, manifest, metrics, optim, runtime, train, train_config, weights
+from jaxdistill import hf, manifest, metrics, optim, runtime, train, train_config, train_loop, weights
 from jaxdistill.checkpoint import load_model
 from jaxdistill.data import chat
 from jaxdistill.errors import UserError
-from jaxdistill.metrics import NonFiniteLossError
 from jaxdistill.models import decoder
 from jaxdistill.models.context import ContextExtension
 from jaxdistill.sharding import MeshConfig
+from jaxdistill.step_log import NonFiniteLossError
 from jaxdistill.train_config import Phase, TrainConfig
 from jaxdistill.train_step import StepConfig
 
@@ -190,7 +190,7 @@ def test_loss_that_is_not_finite_stops_the_run(
     what: str, tmp_path: Path, model: Path, examples: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Step 4 goes wrong, where a checkpoint is due; the ones before it must stay the newest."""
-    make_step = train.make_step
+    make_step = train_loop.make_step
 
     def poisoned(*arguments: Any) -> Any:
         step, calls = make_step(*arguments), iter(range(1, 100))
@@ -203,7 +203,7 @@ def test_loss_that_is_not_finite_stops_the_run(
 
         return run
 
-    monkeypatch.setattr(train, "make_step", poisoned)
+    monkeypatch.setattr(train_loop, "make_step", poisoned)
     config = small(tmp_path, model, examples)
     with pytest.raises(NonFiniteLossError, match=r"step 4 of sft: .*nan") as caught:
         train.main(config)
