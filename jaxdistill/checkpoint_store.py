@@ -238,7 +238,7 @@ def _reading_alone(phase: Path) -> ocp.CheckpointManager:
     )
     return ocp.CheckpointManager(
         (phase / FOLDER).absolute(),
-        options=ocp.CheckpointManagerOptions(create=False, read_only=True, multiprocessing_options=alone),
+        options=ocp.CheckpointManagerOptions(create=False, multiprocessing_options=alone),
     )
 
 

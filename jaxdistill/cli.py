@@ -6,6 +6,7 @@ import functools
 import importlib
 import runpy
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
@@ -155,7 +156,7 @@ def main(arguments: list[str] | None = None) -> None:
     if name in _HELP or (group and rest and rest[0] in _HELP):
         print(_USAGE + "\n".join(f"  {name:16} {COMMANDS[name].summary}" for name in group or COMMANDS))
         return
-    config, leads = None, True
+    config, leads, launched = None, True, time.time()
     try:
         if group and rest and not rest[0].startswith("-"):
             name, rest = f"{name} {rest[0]}", rest[1:]
@@ -166,7 +167,7 @@ def main(arguments: list[str] | None = None) -> None:
         if command.uses_devices:
             from jaxdistill import runtime  # imports jax, which the other commands do without
 
-            runtime.start(join=command.joins)
+            runtime.start(join=command.joins, launched=launched)
             leads = runtime.leads()
         with manifest.held(config.workdir) if command.writes and leads else contextlib.nullcontext():
             getattr(importlib.import_module(command.module), command.function)(config)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,7 +18,7 @@ _EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")  # of processes, as launchers say it
 
 
-def start(join: bool = False) -> None:
+def start(join: bool = False, launched: float | None = None) -> None:
     """Prepares JAX; call once, before the first array.
 
     Compiled programs are kept in ~/.cache/jaxdistill/xla (or $JAX_COMPILATION_CACHE_DIR), so that a restart does
@@ -25,13 +26,24 @@ def start(join: bool = False) -> None:
 
     Args:
       join: the other processes of the job, if it has any; otherwise this one is on its own.
+      launched: when this process was, seconds since the epoch.
     """
+    if launched is not None:
+        _launch[:] = [launched]
     if not jax.config.values["jax_compilation_cache_dir"]:
         base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
         jax.config.update("jax_compilation_cache_dir", str(base / "jaxdistill" / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     if join:
         _join()
+
+
+_launch: list[float] = []  # of the process, until a run takes it for its own
+
+
+def launched() -> float:
+    """When this run was launched, seconds since the epoch: now, for any but the first in its process."""
+    return _launch.pop() if _launch else time.time()
 
 
 def _join() -> None:

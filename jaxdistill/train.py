@@ -13,15 +13,17 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from jaxdistill import chips, manifest, metrics, optim, runtime, sharding, watch
+from jaxdistill import chips, goodput, manifest, metrics, optim, replay, runtime, sharding, watch
 from jaxdistill.checkpoint import fingerprint, keep_base
 from jaxdistill.checkpoint_store import Checkpoints, newest_input
 from jaxdistill.data import chat, loader
-from jaxdistill.errors import UserError
+from jaxdistill.errors import LostHostError, RunError, UserError
 from jaxdistill.evaluate.live import Live
+from jaxdistill.goodput import Goodput
 from jaxdistill.heldout import Heldout
 from jaxdistill.models import quantized
 from jaxdistill.models.attention import backends
+from jaxdistill.progress import say
 from jaxdistill.train_config import TrainConfig, check_decontaminated, check_fits, read_architecture
 from jaxdistill.train_loop import Loop, Stage
 from jaxdistill.train_step import State, abstract_state, check_memory, new_state
@@ -33,16 +35,20 @@ def main(config: TrainConfig) -> dict[str, Any]:
 
     Raises:
       PreemptedError: after SIGTERM, once the next step is saved.
+      BadStepError: a step's loss or gradient is not sound.
+      LostHostError: another process of the job has ended without a word.
     """
+    clock = Goodput(config.workdir, runtime.launched(), runtime.leads() and not config.replay)
     with jax.set_mesh(config.mesh.build()), runtime.Preemption() as preemption:
-        return Run(config, preemption).all_phases()
+        run = Run(config, preemption, clock)
+        return run.replayed(config.replay) if config.replay else run.all_phases()
 
 
 class Run:
     """A training run on the current mesh, in one process or in several: all compute, the first one writes and talks."""
 
-    def __init__(self, config: TrainConfig, preemption: runtime.Preemption, console: Console | None = None):
-        self.config = config
+    def __init__(self, config: TrainConfig, preemption: runtime.Preemption, clock: Goodput):
+        self.config, self.goodput = config, clock
         self.workdir = config.workdir
         self.base, self.c = read_architecture(config)
         mesh = jax.sharding.get_mesh()
@@ -54,7 +60,7 @@ class Run:
         check_memory(config.step, {memory.kind for memory in jax.local_devices()[0].addressable_memories()})
         self.tokenizer = chat.load_tokenizer(self.base)
         self.preemption, self.leads = preemption, runtime.leads()
-        self.console = console or Console(stderr=True, quiet=not self.leads)
+        self.console = Console(stderr=True, quiet=not self.leads)
         chip = chips.of_device(device.device_kind)
         if chip and chip.platform == "tpu" and (warning := sharding.reduced_whole(self.c.sizes(), sizes, chip.name)):
             self.console.print(f"[yellow]{warning}[/yellow]")
@@ -93,6 +99,7 @@ class Run:
                 "seed": config.seed,
                 "optim": dataclasses.asdict(phase.optim),
                 **({"lora": dataclasses.asdict(config.lora)} if config.lora.rank else {}),
+                **({"spikes": True} if config.bad_steps.spike else {}),  # a checkpoint then holds the usual norm
             }
             origin = json.loads(json.dumps(origin, default=str))  # as a checkpoint gives it back
             parent = hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()
@@ -107,12 +114,22 @@ class Run:
         runtime.meet("all inputs are checked")  # and nothing is written before
         if self.leads:
             manifest.write_config(self.workdir, config)
-        with watch.Watch(self.workdir, config.silence_s) as watched:
-            for stage in self.stages:
-                done[stage.name] = self.one_phase(stage, model, watched)
-                model = stage.folder
+        with watch.Watch(self.workdir, config.silence_s, say) as watched:
+            try:
+                for stage in self.stages:
+                    done[stage.name] = self.one_phase(stage, model, watched)
+                    model = stage.folder
+            except (RunError, UserError):
+                raise
+            except Exception as error:  # what a collective or a barrier raises that waits for a process in vain
+                if jax.process_count() > 1 and (lost := watched.lost()):
+                    raise LostHostError(f"{'; '.join(lost)}. Start all processes again: they go on together") from error
+                raise
+            finally:
+                self.goodput.close()
         if self.leads:
             self._write_manifest(done)
+        self.console.print(f"time: {goodput.in_words(self.goodput.facts())}", soft_wrap=True)
         runtime.meet("all is written")
         return done
 
@@ -147,12 +164,15 @@ class Run:
             log=log,
             heldout=self.heldout,
             live=self.live,
+            goodput=self.goodput,
             watched=watched,
             preemption=self.preemption,
             console=self.console,
         )
         try:
-            state, batches = self.start(stage, checkpoints, model)
+            with self.goodput.on("start-up"):
+                state, batches = self.start(stage, checkpoints, model)
+                self.goodput.begin(stage.name, int(state.step))
             if not int(state.step):
                 loop.measure(0, state.params)
                 loop.evaluate(0, state.params)
@@ -161,7 +181,8 @@ class Run:
             if heldout is None:
                 heldout = loop.measure(stage.steps, getattr(state, state.result_name))
         finally:
-            checkpoints.close()
+            with self.goodput.on("checkpoint"):
+                checkpoints.close()
             log.close()
         self._describe_checkpoints(stage, checkpoints)
         return {
@@ -174,27 +195,49 @@ class Run:
             "heldout_loss": heldout,
         }
 
-    def start(self, stage: Stage, checkpoints: Checkpoints, model: Path) -> tuple[State, grain.DatasetIterator]:
-        """The state of the newest good checkpoint and the input at its place, or a new state from `model`."""
+    def start(
+        self, stage: Stage, checkpoints: Checkpoints, model: Path, before: int | None = None
+    ) -> tuple[State, grain.DatasetIterator]:
+        """The state of the newest good checkpoint and the input at its place, or a new state from `model`.
+
+        Args:
+          before: the checkpoint is of a step below this one.
+        """
         config, dtype = self.config, jnp.dtype(stage.phase.optim.state_dtype)
         epochs = math.ceil(stage.steps * config.batch_rows / len(stage.rows))
         batches = loader.batches(stage.rows, config.batch_rows, epochs, config.seed, config.deal_window)
-        average, offload = stage.phase.optim.average_decay > 0, config.step.offload_moments
+        kind = (stage.phase.optim.average_decay > 0, config.step.offload_moments, config.bad_steps.spike is not None)
         self.trained.read(model)
-        like = abstract_state(self.trained.template, stage.optimizer, dtype, average, offload)
-        found = checkpoints.restore_newest(like, self._warn)
+        like = abstract_state(self.trained.template, stage.optimizer, dtype, *kind)
+        found = checkpoints.restore_newest(like, self._warn, before)
         if found is None:
-            return new_state(self.trained.first(model, dtype), stage.optimizer, config.seed, average, offload), batches
+            return new_state(self.trained.first(model, dtype), stage.optimizer, config.seed, *kind), batches
         newest, state, stored = found
         batches.set_state(stored["position"])
         self.console.print(f"resumed from step {newest}")
         return state, batches
 
+    def replayed(self, wanted: str) -> dict[str, Any]:
+        """Does the step "PHASE:STEP" again; what the run has written stays as it is."""
+        stage, model, step = replay.find(self.stages, self.config.model, wanted)
+        checkpoints = Checkpoints(stage.folder, self.config.retention)
+        try:
+            state, batches = self.start(stage, checkpoints, model, before=step)
+        finally:
+            checkpoints.close()
+        facts = replay.again(self.config, self.trained, stage, self.attention, state, batches, step)
+        if self.leads:
+            path = self.workdir / "replays" / f"{stage.name}-{step}.json"
+            manifest.write_json(path, facts)
+            self.console.print(f"{replay.in_words(facts)}\nall of it: {path}", highlight=False, soft_wrap=True)
+        return facts
+
     def _warn(self, words: str) -> None:
         self.console.print(words, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
     def _describe_checkpoints(self, stage: Stage, checkpoints: Checkpoints) -> None:
-        words = f"checkpoints of {stage.name}: saving held the steps up for {checkpoints.blocked_s:.1f} s in all"
+        share = checkpoints.blocked_s / self.goodput.wall_s
+        words = f"checkpoints of {stage.name}: held up {checkpoints.blocked_s:.1f} s ({share:.1%} of the time so far)"
         if best := checkpoints.best_step:
             words += f"; the lowest held-out loss was at step {best}"
         self.console.print(words, soft_wrap=True)

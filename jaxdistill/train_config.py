@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxdistill import hf, manifest, models, sharding, watch
+from jaxdistill import hf, manifest, models, profiling, sharding
+from jaxdistill.bad_steps import BAD_STEPS, BadStepsConfig
 from jaxdistill.checkpoint import base_of
 from jaxdistill.checkpoint_store import RETENTION, Retention
 from jaxdistill.errors import UserError
@@ -63,8 +64,10 @@ class TrainConfig:
     save_every: int = 100  # steps between checkpoints
     retention: Retention = RETENTION  # which of them stay, of each phase
     log_every: int = 1  # steps between rows of metrics
+    bad_steps: BadStepsConfig = BAD_STEPS
     silence_s: float = 1800.0  # seconds without a step until each host writes where all its threads hang
     profile_steps: str | None = None  # first and last step of each phase, as a:b, to write an XProf trace of
+    replay: str | None = None  # PHASE:STEP of this run to do again from the checkpoint before; nothing is trained
 
     def __post_init__(self):
         if not self.phases or len({p.name for p in self.phases}) < len(self.phases):
@@ -75,7 +78,7 @@ class TrainConfig:
         if self.silence_s <= 0:
             raise UserError(f"silence_s is {self.silence_s}; expected more than 0")
         if self.profile_steps is not None:
-            watch.span(self.profile_steps)
+            profiling.span(self.profile_steps)
         if self.retention.keep_best and self.heldout is None:
             raise UserError("retention.keep_best goes by the held-out loss, but heldout names no file; name one")
         if self.batch_rows % self.step.accumulate:

@@ -1,6 +1,8 @@
 """The loop of one phase: steps that are logged, saved and evaluated, to the last one or until preempted."""
 
+import contextlib
 import dataclasses
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,14 @@ import optax
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 
-from jaxdistill import metrics, optim, runtime, sharding, watch
+from jaxdistill import metrics, optim, profiling, runtime, sharding, watch
+from jaxdistill.bad_steps import Guard
 from jaxdistill.checkpoint_store import Checkpoints
 from jaxdistill.data import loader
 from jaxdistill.data.packing import Batch
 from jaxdistill.errors import PreemptedError
 from jaxdistill.evaluate.live import Live, numbers
+from jaxdistill.goodput import Goodput
 from jaxdistill.heldout import Heldout
 from jaxdistill.models.attention import Attention
 from jaxdistill.progress import Progress
@@ -65,6 +69,7 @@ class Loop:
     log: metrics.MetricsLog
     heldout: Heldout | None
     live: Live | None
+    goodput: Goodput
     watched: watch.Watch
     preemption: runtime.Preemption
     console: Console
@@ -73,13 +78,17 @@ class Loop:
         """Scores of the task that is run while training, with these trained weights."""
         if self.live is None:
             return
-        summary = self.live.run(self.trained.merged(params), self.stage.folder / "evaluations", step)
+        with self.goodput.on("evaluation"):
+            summary = self.live.run(self.trained.merged(params), self.stage.folder / "evaluations", step)
         self.log.write(step, **numbers(summary))
         self.console.print(f"{self.config.evaluate.task} at step {step}: {summary.accuracy}")
 
     def measure(self, step: int, params: Any) -> float | None:
         """The held-out loss with these trained weights, where there are such rows."""
-        return None if self.heldout is None else self.heldout.measure(step, self.trained.whole(params), self.log)
+        if self.heldout is None:
+            return None
+        with self.goodput.on("evaluation"):
+            return self.heldout.measure(step, self.trained.whole(params), self.log)
 
     def to_the_end(self, state: State, batches: grain.DatasetIterator) -> tuple[State, float | None]:
         """The state after the last step, and the held-out loss if it was measured there.
@@ -88,19 +97,21 @@ class Loop:
 
         Raises:
           PreemptedError: after SIGTERM, once the next step is saved.
-          NonFiniteLossError: a step's loss or gradient is not finite.
+          BadStepError: as `bad_steps.Guard.look`.
         """
         config, stage, last, start = self.config, self.stage, self.stage.steps, int(state.step)
         c, decay = self.trained.c, stage.phase.optim.average_decay
-        train_step = make_step(config.step, self.attention, c, stage.optimizer, decay, self.trained.lora)
+        train_step = make_step(
+            config.step, self.attention, c, stage.optimizer, decay, self.trained.lora, config.bad_steps
+        )
         loss = None
         with (
-            watch.profile(stage.folder, config.profile_steps) as profile,
+            profiling.profile(stage.folder, config.profile_steps) as profile,
             Progress(*_COLUMNS, console=self.console, speed_estimate_period=_ESTIMATE_S) as bar,
         ):
             steps_log = self._steps_log(bar, start)
             for number in range(start + 1, last + 1):
-                batch, ids = next(batches)
+                batch, ids = self._next(batches, steps_log, number == start + 1)
                 placed = place(batch, config.step.accumulate)
                 if number == start + 1:
                     sharding.check_replicas(state.params, "weights")
@@ -108,7 +119,10 @@ class Loop:
                 if profile.starts_at(number):
                     steps_log.settle()
                     profile.start()
-                state, values = train_step(state, placed, *self.trained.frozen)
+                # The first call compiles before it returns
+                with self.goodput.on("compile") if number == start + 1 else contextlib.nullcontext():
+                    state, values = train_step(state, placed, *self.trained.frozen)
+                self.goodput.turn_to("steps")
                 steps_log.add(number, values, self._facts(batch), ids)
                 preempted = self.preemption.reached()
                 if profile.ends_at(number):
@@ -133,7 +147,9 @@ class Loop:
         if self.config.retention.keep_best:
             loss = self.measure(number, getattr(state, state.result_name))
         position = {"position": batches.get_state(), "origin": self.stage.origin, "result": state.result_name}
-        self.checkpoints.save(number, state, {**position, **self.beside}, loss)
+        with self.goodput.on("checkpoint"):
+            self.checkpoints.save(number, state, {**position, **self.beside}, loss)
+        self.goodput.saved(number)
         return loss
 
     def _steps_log(self, bar: Progress, start: int) -> StepLog:
@@ -142,17 +158,32 @@ class Loop:
         def show(number: int, note: str) -> None:
             bar.update(task, completed=number, note=note)
             self.watched.beat(self.stage.name, number)
+            if (seconds := self.goodput.first_step()) is not None:
+                self.console.print(f"first step {seconds:.1f} s after the launch")
 
         return StepLog(
-            self.stage.name,
             self.log,
+            Guard(self.config.bad_steps, self.stage.name, self.stage.folder, runtime.leads()),
             show,
+            self.warn,
             optim.schedule(self.stage.phase.optim, self.stage.steps),
             flops_per_token=self.trained.flops_per_token(self.stage.rows.attended_tokens),
             peak_flops=jax.device_count() * self.peak_flops,
             every=self.config.log_every,
             last=self.stage.steps,
         )
+
+    def warn(self, words: str) -> None:
+        """Says what a person should look at."""
+        self.console.print(words, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+    def _next(self, batches: grain.DatasetIterator, steps_log: StepLog, first: bool) -> tuple[Batch, tuple[str, ...]]:
+        """The next batch; the wait for it counts where the devices are idle when it comes."""
+        started = time.perf_counter()
+        batch = next(batches)
+        if not first and steps_log.devices_wait:
+            self.goodput.wasted("input", time.perf_counter() - started)
+        return batch
 
     def _facts(self, batch: Batch) -> dict[str, float]:
         """Tokens of a batch, its share of padding, and how unevenly its FLOPs fall on the data-parallel ranks."""

@@ -112,6 +112,8 @@ def test_a_run_that_loses_a_host_is_preempted_and_resumed_on_fewer_has_the_losse
     wait_for(job, workdir / "second", 1)
     job.processes[1].kill()
     assert job.wait(timeout_s=60)[0] not in (0, 2, 75), "launchers count it as a failure, and start again"
+    lost = f"process 1 on {socket.gethostname()} is lost: last heard of at "
+    assert lost in job.files[0].read_text(errors="replace")
 
     job = Job(here, workdir, 2)
     wait_for(job, workdir / "second", 3)

@@ -23,13 +23,13 @@ TEXT = (
 )
 ARRAYS = (
     ("errors", "records", "manifest", "progress", "html", "plots", "thinking"),
-    ("chips", "sharding", "metrics", "rounding", "runtime", "weights", "integrity", "watch"),
-    ("compiler", "models", "loss", "optim", "optim_state", "data", "train_step"),
+    ("chips", "sharding", "metrics", "rounding", "runtime", "weights", "integrity", "goodput", "profiling", "watch"),
+    ("compiler", "models", "loss", "optim", "optim_state", "data", "bad_steps", "train_step"),
     ("hf_tensors", "hf", "lora", "checkpoint_store", "checkpoint", "checkpoint_tensors", "import_model"),
     ("sample",),
     ("serve", "export", "export_check"),
     ("evaluate",),
-    ("train_config", "trained", "step_log", "heldout", "train_loop", "train"),
+    ("train_config", "trained", "step_log", "heldout", "train_loop", "replay", "train"),
     ("plan", "doctor"),
     ("report", "launch"),
     ("demo",),

@@ -7,21 +7,22 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from jaxdistill import watch
+from jaxdistill import profiling, watch
 from jaxdistill.errors import UserError
 
 
 def test_a_silent_host_writes_where_its_threads_hang(tmp_path: Path):
-    with watch.Watch(tmp_path, silence_s=0.2) as watched:
+    with watch.Watch(tmp_path, silence_s=0.2, tell=print) as watched:
         watched.beat("sft", 3)
         time.sleep(0.5)
         stacks = (tmp_path / "hosts" / "0.stacks").read_text(encoding="utf-8")
     assert "test_a_silent_host" in stacks
-    assert json.loads((tmp_path / "hosts" / "0.json").read_text(encoding="utf-8"))["phase"] == "start-up"
+    facts = json.loads((tmp_path / "hosts" / "0.json").read_text(encoding="utf-8"))
+    assert (facts["phase"], facts["step"], facts["ended"]) == ("sft", 3, True)
 
 
 def test_the_steps_asked_for_are_traced(tmp_path: Path):
-    with watch.profile(tmp_path, "2:3") as profile:
+    with profiling.profile(tmp_path, "2:3") as profile:
         assert [profile.starts_at(step) for step in (1, 2, 3, 4)] == [False, True, True, False]
         profile.start()
         jnp.ones(3).sum().block_until_ready()
@@ -32,4 +33,4 @@ def test_the_steps_asked_for_are_traced(tmp_path: Path):
 @pytest.mark.parametrize("wrong", ["3", "0:2", "5:4", "a:b"])
 def test_steps_that_make_no_span(wrong: str):
     with pytest.raises(UserError, match="expected the first and the last step as a:b"):
-        watch.span(wrong)
+        profiling.span(wrong)
