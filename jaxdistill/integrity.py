@@ -4,6 +4,7 @@ Storage checks its own tables and not the numbers in them, and a sum made on the
 back, on any mesh and any file system.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, UInt32
 
+_BLOCK = 2**22  # elements that are summed at once on the host
 _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # by bytes of an element
 
 
@@ -28,6 +30,24 @@ def changed(tree: Any, saved: dict[str, dict[str, Any]]) -> list[str]:
         for name, found in sums(tree).items()
         if name in saved and found["dtype"] == saved[name]["dtype"] and found["sum"] != saved[name]["sum"]
     ]
+
+
+def sum_on_host(shape: tuple[int, ...], read: Callable[[Any], np.ndarray]) -> int:
+    """The sum of an array that is read a layer at a time.
+
+    Args:
+      read: gives the array at an index of its first dimension; of an array of fewer than three, all of it at `...`.
+    """
+    total, place = 0, 0
+    for i in range(shape[0]) if len(shape) > 2 else (...,):
+        part = read(i).reshape(-1)
+        for start in range(0, part.size, _BLOCK):
+            block = part[start : start + _BLOCK]
+            words = block.view(f"u{block.itemsize}").astype(np.uint32)
+            index = np.arange(place, place + words.size, dtype=np.uint64).astype(np.uint32)
+            total += int(np.sum(words * (2 * index + 1), dtype=np.uint32))
+            place += words.size
+    return total % 2**32
 
 
 def _name(path: tuple[Any, ...]) -> str:

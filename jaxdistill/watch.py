@@ -94,9 +94,8 @@ class Watch:
 
 def _in_words(number: int, facts: dict[str, Any]) -> str:
     when = time.strftime("%H:%M:%S", time.localtime(facts["time"]))
-    return (
-        f"process {number} on {facts['host']} is lost: last heard of at {when}, {facts['phase']} step {facts['step']}"
-    )
+    place = f"{facts['phase']} step {facts['step']}"
+    return f"process {number} on {facts['host']} is lost: last heard of at {when}, {place}"
 
 
 def memory_peaks() -> dict[str, float]:

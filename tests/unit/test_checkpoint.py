@@ -14,7 +14,7 @@ import pytest
 import tensorstore as ts
 import tiny
 
-from jaxdistill import integrity, optim, train_step
+from jaxdistill import checkpoint_tensors, integrity, optim, train_step
 from jaxdistill.checkpoint import base_of, keep_base, load_model
 from jaxdistill.checkpoint_store import Checkpoints, DamagedError, Retention, newest_input
 from jaxdistill.errors import UserError
@@ -192,6 +192,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(how: str, p
         like = train_step.abstract_state(decoder.template(C), OPTIMIZER, np.float32)
         with pytest.raises(DamagedError, match=r"checkpoints/6 (cannot be read|is not what was saved: params/embed)"):
             load_model(folder)
+        with pytest.raises(DamagedError, match=r"checkpoints/6 (cannot be read|is not what was saved: params/embed)"):
+            checkpoint_tensors.check_sums(folder)  # as an export does, without a device
+        checkpoint_tensors.check_sums(folder, 4)
         checkpoints = Checkpoints(folder)
         with pytest.raises(DamagedError, match="checkpoints/6"):
             checkpoints.restore(6, like)
