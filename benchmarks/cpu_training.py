@@ -190,12 +190,12 @@ def input_pipeline(model: Path, row_tokens: int) -> dict[str, float]:
         )
         tokenizer = chat.load_tokenizer(model)
         started = time.perf_counter()
-        packed = loader.prepare(path, tokenizer, 4 * row_tokens, 1 << 30, show_progress=False)
+        packed = loader.prepare(path, tokenizer, 4 * row_tokens, 1 << 30, Path(folder) / "cache", show_progress=False)
         prepared_s = time.perf_counter() - started
-    tokens = packed.lengths.sum() + sum(receipt["tokens"] for receipt in packed.dropped)
-    epochs = 20
-    started = time.perf_counter()
-    dealt = sum(np.count_nonzero(batch.segments) for batch, _ in loader.batches(packed, 8, epochs, seed=0, window=16))
+        tokens = packed.lengths.sum() + sum(receipt["tokens"] for receipt in packed.dropped)
+        epochs = 20
+        started = time.perf_counter()
+        dealt = sum(np.count_nonzero(b.segments) for b, _ in loader.batches(packed, 8, epochs, seed=0, window=16))
     return {"prepare": tokens / prepared_s, "deal": dealt / (time.perf_counter() - started)}
 
 

@@ -73,13 +73,16 @@ class Run:
         self.live = Live(live, self.base, self.c, config.step.compute_dtype) if live.every else None
         self.stages = self._stages()
         packed = [stage.rows for stage in self.stages] + ([heldout] if heldout else [])
-        segments = 1 + max(len(row) for rows in packed for row in rows.rows)
+        segments = 1 + max(rows.documents_of_fullest_row for rows in packed)
         self.attention = dataclasses.replace(attention, segments=segments)
         self.heldout = Heldout(config, heldout, self.attention, self.c, self.console) if heldout else None
 
     def _prepare(self, path: Path) -> loader.PackedSet:
-        shows = self.leads and self.console.is_terminal
-        return loader.prepare(path, self.tokenizer, self.config.row_tokens, self.c.vocab, shows)
+        """The first process tokenizes what is not there yet; then all map the same files."""
+        config, shows = self.config, self.leads and self.console.is_terminal
+        cache = config.prepared or self.workdir / "prepared"
+        sizes = config.row_tokens, self.c.vocab
+        return runtime.first_alone(lambda: loader.prepare(path, self.tokenizer, *sizes, cache, shows))
 
     def _stages(self) -> list[Stage]:
         """All phases, read and checked before anything is written: a mistake in the last one shows at once."""
@@ -187,7 +190,7 @@ class Run:
         self._describe_checkpoints(stage, checkpoints)
         return {
             "steps": stage.steps,
-            "examples": len(rows.documents),
+            "examples": len(rows.items),
             "dropped": len(rows.dropped),
             "rows": len(rows),
             "padding_fraction": rows.padding_fraction,
@@ -245,7 +248,7 @@ class Run:
     def _describe(self, stage: Stage, start: int) -> None:
         rows = stage.rows
         self.console.print(
-            f"[bold]{stage.name}[/bold]: {self.trained}; {len(rows.documents)} examples "
+            f"[bold]{stage.name}[/bold]: {self.trained}; {len(rows.items)} examples "
             f"in {len(rows)} rows of {rows.row_tokens} ({rows.padding_fraction:.1%} padding), "
             f"{len(rows.dropped)} dropped as longer than a row; steps {start} to {stage.steps}"
         )

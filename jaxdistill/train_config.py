@@ -55,6 +55,7 @@ class TrainConfig:
     heldout: Path | None = None  # Example rows whose loss is measured before, between and after
     lora: LoraConfig = LoraConfig()  # adapters that are trained in place of all weights
     evaluate: LiveConfig = LiveConfig()  # a task that is run on the weights as they are trained
+    prepared: Path | None = None  # folder for tokenized examples, to share them among runs; by default in the workdir
     row_tokens: int = 8192  # T, positions in a packed row
     batch_rows: int = 8  # rows in an optimizer step, over all devices
     deal_window: int = 16  # steps that trade rows, so that those of a step cost alike; 1 is a plain shuffle
