@@ -9,9 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tensorboardX
 
-from jaxdistill import chips
+from jaxdistill import chips, tracking
 
 MFU_FORMULA = (
     "MFU = FLOPs per token x tokens/s / (devices x peak); "
@@ -51,35 +50,36 @@ def flop_imbalance(costs: np.ndarray) -> float:
 
 
 class MetricsLog:
-    """Appends rows of numbers to `metrics.jsonl` and to TensorBoard files beside it.
+    """Appends rows of numbers to `metrics.jsonl`, and hands them to trackers.
 
     Rows are only ever added: a restarted run logs the steps since its checkpoint again, and the last row of a step
     is the one that counts.
 
     Args:
-      writes: to disk; of several processes one does.
+      writes: to disk and to the trackers; of several processes one does.
     """
 
-    def __init__(self, folder: Path, writes: bool = True):
+    def __init__(self, folder: Path, writes: bool = True, track: tuple[tracking.Name, ...] = ("tensorboard",)):
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl" if writes else Path(os.devnull)
         last = path.read_bytes()[-1:] if path.is_file() else b""
         self._lines = path.open("a", encoding="utf-8")
         if last not in (b"", b"\n"):  # the last line of a killed run; it must not swallow the next one
             self._lines.write("\n")
-        self._board = tensorboardX.SummaryWriter(str(folder / "tensorboard"), write_to_disk=writes)
+        self._trackers = tracking.opened(track, folder) if writes else []
 
     def write(self, step: int, **values: float) -> None:
         """Logs the values of one step."""
         self._lines.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
         self._lines.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        for tracker in self._trackers:
+            tracker.write(step, values)
 
     def close(self) -> None:
-        """Flushes both files."""
+        """Flushes all of them."""
         self._lines.close()
-        self._board.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def read(folder: Path) -> list[dict[str, Any]]:

@@ -155,7 +155,7 @@ class Run:
                 loader.write_receipts(folder / "heldout_dropped.jsonl", self.heldout.rows.dropped)
             keep_base(self.base, folder, config.context)
         checkpoints = Checkpoints(folder, config.retention)
-        log = metrics.MetricsLog(folder, self.leads)
+        log = metrics.MetricsLog(folder, self.leads, config.track)
         loop = Loop(
             config=config,
             trained=self.trained,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxdistill import hf, manifest, models, profiling, sharding
+from jaxdistill import hf, manifest, models, profiling, sharding, tracking
 from jaxdistill.bad_steps import BAD_STEPS, BadStepsConfig
 from jaxdistill.checkpoint import base_of
 from jaxdistill.checkpoint_store import RETENTION, Retention
@@ -65,6 +65,7 @@ class TrainConfig:
     save_every: int = 100  # steps between checkpoints
     retention: Retention = RETENTION  # which of them stay, of each phase
     log_every: int = 1  # steps between rows of metrics
+    track: tuple[tracking.Name, ...] = ("tensorboard",)  # who gets them besides metrics.jsonl: wandb and mlflow as well
     bad_steps: BadStepsConfig = BAD_STEPS
     silence_s: float = 1800.0  # seconds without a step until each host writes where all its threads hang
     profile_steps: str | None = None  # first and last step of each phase, as a:b, to write an XProf trace of
@@ -80,6 +81,7 @@ class TrainConfig:
             raise UserError(f"silence_s is {self.silence_s}; expected more than 0")
         if self.profile_steps is not None:
             profiling.span(self.profile_steps)
+        tracking.check(self.track)
         if self.retention.keep_best and self.heldout is None:
             raise UserError("retention.keep_best goes by the held-out loss, but heldout names no file; name one")
         if self.batch_rows % self.step.accumulate:

@@ -1,5 +1,6 @@
 """What each host says of itself while a run works, whether it still does, and where it hangs; its devices' memory."""
 
+import contextlib
 import faulthandler
 import json
 import socket
@@ -73,7 +74,8 @@ class Watch:
 
     def _write(self) -> None:
         facts = {"host": socket.gethostname(), "phase": self._phase, "step": self._step, "time": time.time()}
-        manifest.write_json(self._path, {**facts, **memory_peaks(), "ended": self._ended.is_set()})
+        with contextlib.suppress(OSError):  # a full disk ends the run where it writes what matters
+            manifest.write_json(self._path, {**facts, **memory_peaks(), "ended": self._ended.is_set()})
 
     def lost(self) -> list[str]:
         """A line about each of the other processes that has not ended and whose heartbeat has; takes 2.5 beats.

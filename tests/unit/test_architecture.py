@@ -23,7 +23,19 @@ TEXT = (
 )
 ARRAYS = (
     ("errors", "records", "manifest", "progress", "html", "plots", "thinking"),
-    ("chips", "sharding", "metrics", "rounding", "runtime", "weights", "integrity", "goodput", "profiling", "watch"),
+    (
+        "chips",
+        "sharding",
+        "tracking",
+        "metrics",
+        "rounding",
+        "runtime",
+        "weights",
+        "integrity",
+        "goodput",
+        "profiling",
+        "watch",
+    ),
     ("compiler", "models", "loss", "optim", "optim_state", "data", "bad_steps", "train_step"),
     ("hf_tensors", "hf", "lora", "checkpoint_store", "checkpoint", "checkpoint_tensors", "import_model"),
     ("sample",),
