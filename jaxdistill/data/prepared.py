@@ -25,7 +25,7 @@ from jaxdistill.data.chat import Document
 from jaxdistill.errors import UserError
 
 _FORMAT = 1  # of the parts, and of how examples become tokens: another one is prepared anew
-_PART_BYTES = 2**25  # of an examples file: what one process tokenizes at a time, and what a kill may lose
+PART_BYTES = 2**25  # of an examples file: what one process tokenizes at a time, and what a kill may lose
 _SHOWN = 10  # of the lines that are wrong
 
 
@@ -107,7 +107,7 @@ def _joined(arrays: Sequence[np.ndarray], dtype: Any) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Stretch:
+class Stretch:
     """Whole lines of a file, as many as a part is made of."""
 
     start: int  # bytes
@@ -124,13 +124,8 @@ def prepare(path: Path, tokenizer: Any, cache: Path, show_progress: bool = True)
     Raises:
       UserError: the file is missing or empty, or some of its lines are malformed or cannot be tokenized; names them.
     """
-    hash_, stretches = _scan(path, cache)
-    if not stretches:
-        raise UserError(f"{path} is empty; expected an example on each line")
-    key = hashlib.sha256(json.dumps([_FORMAT, hash_, _fingerprint(tokenizer)]).encode()).hexdigest()[:16]
-    folder = cache / f"{path.stem}-{key}"
-    parts = [folder / f"{number:06}.safetensors" for number in range(len(stretches))]
-    wanted = [(stretch, part) for stretch, part in zip(stretches, parts, strict=True) if not part.is_file()]
+    parts, folder = plan(path, tokenizer, cache)
+    wanted = [(stretch, part) for stretch, part in parts if not part.is_file()]
     wrong = []
     steps = track(
         _tokenized(path, wanted, tokenizer),
@@ -145,10 +140,20 @@ def prepare(path: Path, tokenizer: Any, cache: Path, show_progress: bool = True)
         more = f"\n... and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
         many = f"{path}: {len(wrong)} examples cannot be used:\n" if len(wrong) > 1 else ""
         raise UserError(many + "\n".join(wrong[:_SHOWN]) + more)
-    return Documents(parts), folder
+    return Documents([part for _, part in parts]), folder
 
 
-def _scan(path: Path, cache: Path) -> tuple[str, list[_Stretch]]:
+def plan(path: Path, tokenizer: Any, cache: Path) -> tuple[list[tuple[Stretch, Path]], Path]:
+    """Which stretch of a file is tokenized into which part, and the folder of them all; arguments as of `prepare`."""
+    hash_, stretches = _scan(path, cache)
+    if not stretches:
+        raise UserError(f"{path} is empty; expected an example on each line")
+    key = hashlib.sha256(json.dumps([_FORMAT, hash_, _fingerprint(tokenizer)]).encode()).hexdigest()[:16]
+    folder = cache / f"{path.stem}-{key}"
+    return [(stretch, folder / f"{number:06}.safetensors") for number, stretch in enumerate(stretches)], folder
+
+
+def _scan(path: Path, cache: Path) -> tuple[str, list[Stretch]]:
     """SHA-256 of a file, and its stretches; what is kept of an earlier look counts while size and time are the same."""
     if not path.is_file():
         raise UserError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}; expected a JSON Lines file")
@@ -158,13 +163,13 @@ def _scan(path: Path, cache: Path) -> tuple[str, list[_Stretch]]:
     if kept.is_file():
         known = json.loads(kept.read_bytes())
         if {name: known[name] for name in identity} == identity:
-            return known["sha256"], [_Stretch(*numbers) for numbers in known["stretches"]]
+            return known["sha256"], [Stretch(*numbers) for numbers in known["stretches"]]
     digest, stretches, start, line = hashlib.sha256(), [], 0, 1
     with path.open("rb") as file:
-        while lines := file.readlines(_PART_BYTES):
+        while lines := file.readlines(PART_BYTES):
             content = b"".join(lines)
             digest.update(content)
-            stretches.append(_Stretch(start, start + len(content), line))
+            stretches.append(Stretch(start, start + len(content), line))
             start, line = start + len(content), line + len(lines)
     facts = {**identity, "sha256": digest.hexdigest(), "stretches": [dataclasses.astuple(s) for s in stretches]}
     manifest.write_json(kept, facts)
@@ -177,10 +182,10 @@ def _fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(rules.encode()).hexdigest()
 
 
-def _tokenized(path: Path, wanted: Sequence[tuple[_Stretch, Path]], tokenizer: Any) -> Iterator[list[str]]:
+def _tokenized(path: Path, wanted: Sequence[tuple[Stretch, Path]], tokenizer: Any) -> Iterator[list[str]]:
     """Writes the parts; yields of each the lines that are wrong, and one with such lines is not written."""
     if len(wanted) < 2:
-        yield from (_tokenize(path, tokenizer, *one) for one in wanted)
+        yield from (tokenize(path, tokenizer, *one) for one in wanted)
         return
     with concurrent.futures.ProcessPoolExecutor(
         min(len(wanted), os.cpu_count() or 1), multiprocessing.get_context("spawn"), _begin, (path, tokenizer)
@@ -195,12 +200,13 @@ def _begin(path: Path, tokenizer: Any) -> None:
     _work[:] = [path, tokenizer]
 
 
-def _tokenize_here(stretch: _Stretch, target: Path) -> list[str]:
+def _tokenize_here(stretch: Stretch, target: Path) -> list[str]:
     path, tokenizer = _work
-    return _tokenize(path, tokenizer, stretch, target)
+    return tokenize(path, tokenizer, stretch, target)
 
 
-def _tokenize(path: Path, tokenizer: Any, stretch: _Stretch, target: Path) -> list[str]:
+def tokenize(path: Path, tokenizer: Any, stretch: Stretch, target: Path) -> list[str]:
+    """Writes the part of a stretch, unless lines of it are wrong: says what is."""
     documents, wrong = [], []
     with path.open("rb") as file:
         file.seek(stretch.start)

@@ -54,7 +54,7 @@ def test_several_processes_make_the_same_parts_as_one(
 ):
     path = tiny.write_examples(tmp_path / "examples.jsonl", 40)
     whole = read(path, tokenizer, tmp_path / "whole")
-    monkeypatch.setattr(prepared, "_PART_BYTES", path.stat().st_size // 3)
+    monkeypatch.setattr(prepared, "PART_BYTES", path.stat().st_size // 3)
     found = read(path, tokenizer, tmp_path / "parts")
     assert len(parts_of(tmp_path / "parts")) == 3
     assert [d.id for d in found] == [d.id for d in whole]
