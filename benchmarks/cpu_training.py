@@ -53,10 +53,11 @@ def our_step(model: Path, row_tokens: int, peak_lr: float = LEARNING_RATE, **how
     """
     import jax
 
-    from jaxdistill import hf, optim, runtime, sharding, train_step
+    from jaxdistill import hf, optim, runtime, sharding
     from jaxdistill.data import packing
     from jaxdistill.models import decoder
     from jaxdistill.models.attention import REFERENCE
+    from jaxdistill.train import step as train_step
 
     runtime.start()
     jax.set_mesh(sharding.MeshConfig().build())

@@ -43,8 +43,8 @@ RECIPE = """
 from pathlib import Path
 from jaxdistill.optim import OptimConfig
 from jaxdistill.sharding import MeshConfig
-from jaxdistill.train_config import Phase, TrainConfig
-from jaxdistill.train_step import StepConfig
+from jaxdistill.train.config import Phase, TrainConfig
+from jaxdistill.train.step import StepConfig
 
 def config():
     phase = Phase(name="sft", examples=Path("{here}/examples.jsonl"), steps={steps}, optim=OptimConfig(peak_lr=1e-2))

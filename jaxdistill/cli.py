@@ -52,7 +52,9 @@ COMMANDS = {
     ),
     "refine mix": Command("jaxdistill.curate.mix", "MixConfig", "sets of examples -> one, shuffled", False),
     "examples": Command("jaxdistill.curate.examples", "ExamplesConfig", "chains -> examples to train on", False),
-    "train": Command("jaxdistill.train", "TrainConfig", "Hugging Face folder + examples -> checkpoints", joins=True),
+    "train": Command(
+        "jaxdistill.train.run", "TrainConfig", "Hugging Face folder + examples -> checkpoints", joins=True
+    ),
     "plan": Command(
         "jaxdistill.plan.run", "PlanConfig", "recipe + hardware -> fit, speed, cost", False, recipe="train"
     ),

@@ -11,7 +11,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from jaxdistill import export, lineage, manifest, metrics, records, train, train_config
+from jaxdistill import export, lineage, manifest, metrics, records
 from jaxdistill.collect import run as collect
 from jaxdistill.collect.teacher import TeacherConfig
 from jaxdistill.curate import examples, reformat
@@ -29,7 +29,9 @@ from jaxdistill.records import Chain, Example, Problem
 from jaxdistill.report import page, plots
 from jaxdistill.report import run as report
 from jaxdistill.sample.request import SamplingConfig
-from jaxdistill.train_step import StepConfig
+from jaxdistill.train import config as train_config
+from jaxdistill.train import run as train
+from jaxdistill.train.step import StepConfig
 
 _FAULTS = Faults(rate_limited=0.01, server_error=0.01, truncated=0.03, wrong=0.05)
 _REFORMATTED, _DISTILLED, _ANSWERS = "reformatted", "distilled", "answers_only"

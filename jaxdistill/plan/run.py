@@ -20,7 +20,7 @@ from jaxdistill.plan.hardware import Hardware
 from jaxdistill.plan.measured import Measured
 from jaxdistill.plan.search import OptimizerState
 from jaxdistill.sample.engine import EngineConfig
-from jaxdistill.train_config import TrainConfig, read_architecture
+from jaxdistill.train.config import TrainConfig, read_architecture
 
 _GIB = 2**30
 _LARGE_REDUCE = 8 * 2**20  # bytes: an all-reduce above this outside tensor parallelism should be a reduce-scatter

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from jaxdistill import goodput, lineage, manifest, metrics
+from jaxdistill import lineage, manifest, metrics
 from jaxdistill.errors import UserError
 from jaxdistill.evaluate import tasks
 from jaxdistill.evaluate.grade import Summary
@@ -17,6 +17,7 @@ from jaxdistill.lineage import Lineage, Stage
 from jaxdistill.records import from_dict, whole_file
 from jaxdistill.report import page, plots
 from jaxdistill.report.answers import Entry
+from jaxdistill.train import goodput
 from jaxdistill.transparency import index
 from jaxdistill.transparency import run as own
 

@@ -20,10 +20,11 @@ DEVICES = 4  # over all processes
 STEPS = {"first": 4, "second": 40}  # of each phase; the second is cut off
 RECIPE = """
 from pathlib import Path
-from jaxdistill import train, train_config
+from jaxdistill.train import run as train
+from jaxdistill.train import config as train_config
 from jaxdistill.optim import OptimConfig
 from jaxdistill.sharding import MeshConfig
-from jaxdistill.train_step import StepConfig
+from jaxdistill.train.step import StepConfig
 
 def config():
     phases = tuple(

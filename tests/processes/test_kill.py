@@ -25,9 +25,11 @@ sys.path.insert(0, sys.argv[1])
 import jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 2)
-from jaxdistill import metrics, optim, sharding, train, train_config
+from jaxdistill import metrics, optim, sharding
+from jaxdistill.train import run as train
+from jaxdistill.train import config as train_config
 from jaxdistill.checkpoint_store import Checkpoints
-from jaxdistill.train_step import StepConfig
+from jaxdistill.train.step import StepConfig
 workdir, model, examples = map(Path, sys.argv[2:5])
 phase_to_die_in, at, during, steps = sys.argv[5], int(sys.argv[6]), sys.argv[7], eval(sys.argv[8])
 now = None  # the phase that is being trained

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import tiny
 
-from jaxdistill import optim, train_step
-from jaxdistill.bad_steps import BadStepError, BadStepsConfig, Guard, is_good, usual_norm
+from jaxdistill import optim
 from jaxdistill.errors import UserError
 from jaxdistill.models import decoder
+from jaxdistill.train import step as train_step
+from jaxdistill.train.bad_steps import BadStepError, BadStepsConfig, Guard, is_good, usual_norm
 
 
 def good(config: BadStepsConfig, loss: float, norm: float, usual: float | None, step: int) -> bool:

@@ -14,12 +14,13 @@ import pytest
 import tensorstore as ts
 import tiny
 
-from jaxdistill import checkpoint_tensors, integrity, optim, train_step
+from jaxdistill import checkpoint_tensors, integrity, optim
 from jaxdistill.checkpoint import base_of, keep_base, load_model
 from jaxdistill.checkpoint_store import Checkpoints, DamagedError, Retention, newest_input
 from jaxdistill.errors import UserError
 from jaxdistill.models import decoder
 from jaxdistill.optim import OptimConfig
+from jaxdistill.train import step as train_step
 
 HF = tiny.hf_config("qwen3")
 C = tiny.config("qwen3")

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxdistill import goodput
-from jaxdistill.goodput import Goodput
+from jaxdistill.train import goodput
+from jaxdistill.train.goodput import Goodput
 
 
 @pytest.fixture

@@ -10,11 +10,12 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxdistill import metrics, train_step
+from jaxdistill import metrics
 from jaxdistill.data import loader, packing, prepared
 from jaxdistill.data.dealing import Deal
 from jaxdistill.data.loader import PackedSet
 from jaxdistill.models import decoder
+from jaxdistill.train import step as train_step
 
 LENGTHS = st.lists(st.integers(1, 50), max_size=60)
 

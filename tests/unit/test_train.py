@@ -13,17 +13,20 @@ import orbax.checkpoint as ocp
 import pytest
 import tiny
 
-from jaxdistill import hf, manifest, metrics, optim, runtime, train, train_config, train_loop, weights
-from jaxdistill.bad_steps import BadStepError, BadStepsConfig
+from jaxdistill import hf, manifest, metrics, optim, runtime, weights
 from jaxdistill.checkpoint import load_model
 from jaxdistill.data import chat
 from jaxdistill.errors import UserError
-from jaxdistill.goodput import Goodput
 from jaxdistill.models import decoder
 from jaxdistill.models.context import ContextExtension
 from jaxdistill.sharding import MeshConfig
-from jaxdistill.train_config import Phase, TrainConfig
-from jaxdistill.train_step import StepConfig
+from jaxdistill.train import config as train_config
+from jaxdistill.train import loop as train_loop
+from jaxdistill.train import run as train
+from jaxdistill.train.bad_steps import BadStepError, BadStepsConfig
+from jaxdistill.train.config import Phase, TrainConfig
+from jaxdistill.train.goodput import Goodput
+from jaxdistill.train.step import StepConfig
 
 SIZES: dict[str, Any] = {"vocab_size": 264, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
 HF, C = tiny.hf_config("qwen2", **SIZES), tiny.config("qwen2", **SIZES)

@@ -7,8 +7,8 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from jaxdistill import profiling, watch
 from jaxdistill.errors import UserError
+from jaxdistill.train import profiling, watch
 
 
 def test_a_silent_host_writes_where_its_threads_hang(tmp_path: Path):

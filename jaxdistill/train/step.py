@@ -10,8 +10,7 @@ import optax
 from flax import struct
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from jaxdistill import bad_steps, compiler, optim_state, sharding, weights
-from jaxdistill.bad_steps import BAD_STEPS, BadStepsConfig
+from jaxdistill import compiler, optim_state, sharding, weights
 from jaxdistill.data.packing import Batch
 from jaxdistill.errors import UserError
 from jaxdistill.loss import cross_entropy_sum
@@ -21,6 +20,8 @@ from jaxdistill.models.config import Config
 from jaxdistill.models.lora import LoraConfig, adapting, apply
 from jaxdistill.models.quantized import MatmulDtype, projection_in
 from jaxdistill.sharding import HOST_MEMORY
+from jaxdistill.train import bad_steps
+from jaxdistill.train.bad_steps import BAD_STEPS, BadStepsConfig
 
 _DROPOUT = 2**31 - 2
 _ROUNDING = 2**31 - 1  # folded into a step's key; pieces of a batch fold in their numbers

@@ -10,10 +10,10 @@ import grain
 from jaxdistill import metrics
 from jaxdistill.errors import UserError
 from jaxdistill.models.attention import Attention
-from jaxdistill.train_config import TrainConfig
-from jaxdistill.train_loop import Stage
-from jaxdistill.train_step import State, make_step, place
-from jaxdistill.trained import Trained
+from jaxdistill.train.config import TrainConfig
+from jaxdistill.train.loop import Stage
+from jaxdistill.train.step import State, make_step, place
+from jaxdistill.train.trained import Trained
 
 _NUMBERS = ("loss", "grad_norm")
 

@@ -5,9 +5,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jaxdistill import watch
-from jaxdistill.bad_steps import Guard
 from jaxdistill.metrics import MetricsLog
+from jaxdistill.train import watch
+from jaxdistill.train.bad_steps import Guard
 
 _OF_THE_GUARD = ("good", "usual_norm")  # `bad_steps.jsonl` holds them, for the steps where they matter
 

@@ -14,21 +14,22 @@ import optax
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 
-from jaxdistill import metrics, optim, profiling, runtime, sharding, watch
-from jaxdistill.bad_steps import Guard
+from jaxdistill import metrics, optim, runtime, sharding
 from jaxdistill.checkpoint_store import Checkpoints
 from jaxdistill.data import loader
 from jaxdistill.data.packing import Batch
 from jaxdistill.errors import PreemptedError
 from jaxdistill.evaluate.live import Live, numbers
-from jaxdistill.goodput import Goodput
-from jaxdistill.heldout import Heldout
 from jaxdistill.models.attention import Attention
 from jaxdistill.progress import Progress
-from jaxdistill.step_log import StepLog
-from jaxdistill.train_config import Phase, TrainConfig
-from jaxdistill.train_step import State, make_step, place
-from jaxdistill.trained import Trained
+from jaxdistill.train import profiling, watch
+from jaxdistill.train.bad_steps import Guard
+from jaxdistill.train.config import Phase, TrainConfig
+from jaxdistill.train.goodput import Goodput
+from jaxdistill.train.heldout import Heldout
+from jaxdistill.train.step import State, make_step, place
+from jaxdistill.train.step_log import StepLog
+from jaxdistill.train.trained import Trained
 
 _COLUMNS = (
     TextColumn("{task.description}"),

@@ -13,21 +13,22 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from jaxdistill import chips, goodput, manifest, metrics, optim, replay, runtime, sharding, watch
+from jaxdistill import chips, manifest, metrics, optim, runtime, sharding
 from jaxdistill.checkpoint import fingerprint, keep_base
 from jaxdistill.checkpoint_store import Checkpoints, newest_input
 from jaxdistill.data import chat, loader
 from jaxdistill.errors import LostHostError, RunError, UserError
 from jaxdistill.evaluate.live import Live
-from jaxdistill.goodput import Goodput
-from jaxdistill.heldout import Heldout
 from jaxdistill.models import quantized
 from jaxdistill.models.attention import backends
 from jaxdistill.progress import say
-from jaxdistill.train_config import TrainConfig, check_decontaminated, check_fits, read_architecture
-from jaxdistill.train_loop import Loop, Stage
-from jaxdistill.train_step import State, abstract_state, check_memory, new_state
-from jaxdistill.trained import Trained
+from jaxdistill.train import goodput, replay, watch
+from jaxdistill.train.config import TrainConfig, check_decontaminated, check_fits, read_architecture
+from jaxdistill.train.goodput import Goodput
+from jaxdistill.train.heldout import Heldout
+from jaxdistill.train.loop import Loop, Stage
+from jaxdistill.train.step import State, abstract_state, check_memory, new_state
+from jaxdistill.train.trained import Trained
 
 
 def main(config: TrainConfig) -> dict[str, Any]:

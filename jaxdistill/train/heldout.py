@@ -12,8 +12,8 @@ from jaxdistill.models import decoder
 from jaxdistill.models.attention import Attention
 from jaxdistill.models.config import Config
 from jaxdistill.progress import Progress
-from jaxdistill.train_config import TrainConfig
-from jaxdistill.train_step import make_heldout_loss, place
+from jaxdistill.train.config import TrainConfig
+from jaxdistill.train.step import make_heldout_loss, place
 
 
 class Heldout:

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxdistill import hf, manifest, models, profiling, sharding, tracking
-from jaxdistill.bad_steps import BAD_STEPS, BadStepsConfig
+from jaxdistill import hf, manifest, models, sharding, tracking
 from jaxdistill.checkpoint import base_of
 from jaxdistill.checkpoint_store import RETENTION, Retention
 from jaxdistill.errors import UserError
@@ -18,7 +17,9 @@ from jaxdistill.models.context import ContextExtension
 from jaxdistill.models.lora import LoraConfig
 from jaxdistill.optim import OptimConfig
 from jaxdistill.sharding import MeshConfig
-from jaxdistill.train_step import StepConfig
+from jaxdistill.train import profiling
+from jaxdistill.train.bad_steps import BAD_STEPS, BadStepsConfig
+from jaxdistill.train.step import StepConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

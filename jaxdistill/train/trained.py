@@ -12,7 +12,7 @@ from jaxdistill.checkpoint_store import newest_input
 from jaxdistill.models import decoder
 from jaxdistill.models import lora as adapters
 from jaxdistill.models.config import Config
-from jaxdistill.train_config import TrainConfig
+from jaxdistill.train.config import TrainConfig
 
 
 class Trained:
