@@ -196,7 +196,7 @@ def input_pipeline(model: Path, row_tokens: int) -> dict[str, float]:
         tokens = packed.lengths.sum() + sum(receipt["tokens"] for receipt in packed.dropped)
         epochs = 20
         started = time.perf_counter()
-        dealt = sum(np.count_nonzero(b.segments) for b, _ in loader.batches(packed, 8, epochs, seed=0, window=16))
+        dealt = sum(dealt.tokens for dealt in loader.batches(packed, 8, epochs, seed=0, window=16))
     return {"prepare": tokens / prepared_s, "deal": dealt / (time.perf_counter() - started)}
 
 

@@ -6,9 +6,9 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex
 
 import grain
 import jax
@@ -36,11 +36,20 @@ class PackedSet:
     def __len__(self) -> int:
         return len(self.stops)
 
-    def __getitem__(self, index: SupportsIndex) -> tuple[Batch, tuple[str, ...]]:
-        """The arrays of a row, and the ids of its documents."""
-        start, stop = (int(self._starts[int(index)]), int(self.stops[int(index)]))
-        documents = [self.documents[i] for i in self.items[start:stop]]
-        return packing.make_row(documents, self.row_tokens), tuple(d.id for d in documents)
+    def _documents(self, index: SupportsIndex) -> np.ndarray:
+        return self.items[int(self._starts[int(index)]) : int(self.stops[int(index)])]
+
+    def arrays(self, index: SupportsIndex) -> Batch:
+        """The arrays [T] of a row."""
+        return packing.make_row([self.documents[i] for i in self._documents(index)], self.row_tokens)
+
+    def ids(self, index: SupportsIndex) -> list[str]:
+        """The ids of a row's documents."""
+        return [self.documents.id_of(i) for i in self._documents(index)]
+
+    def tokens(self, index: SupportsIndex) -> int:
+        """Positions that a row's documents take."""
+        return int(self.documents.lengths[self._documents(index)].sum())
 
     @functools.cached_property
     def _starts(self) -> np.ndarray:
@@ -146,18 +155,37 @@ def write_receipts(path: Path, dropped: Sequence[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(receipt) + "\n" for receipt in dropped), encoding="utf-8")
 
 
-def batches(rows: PackedSet, batch_rows: int, epochs: int, seed: int, window: int = 1) -> grain.DatasetIterator:
-    """Global batches ([batch_rows, T], document ids) as `Deal` orders them; the last one is filled with padding.
+class Dealt(NamedTuple):
+    """A global batch: what this process reads of it, and what is known of all of it."""
+
+    batch: Batch  # numpy [batch_rows, T]; rows of other processes look like padding
+    ids: tuple[str, ...]  # of all documents
+    tokens: int  # positions that documents take, in all rows
+    squares: np.ndarray  # float64 [batch_rows], of document lengths, summed over each row; 0 for padding
+
+
+def batches(
+    rows: PackedSet, batch_rows: int, epochs: int, seed: int, window: int = 1, own: Collection[int] | None = None
+) -> grain.DatasetIterator:
+    """Global batches (`Dealt`) as `Deal` orders them; the last one is filled with padding.
 
     The order is a pure function of the arguments; `get_state` and `set_state` of the iterator hold the position.
-    """
-    deal = Deal(rows.squares, batch_rows, epochs, seed, window)
 
-    def stack(step: int) -> tuple[Batch, tuple[str, ...]]:
-        items = [rows[i] for i in deal[step]]
-        padding = [packing.empty_row(rows.row_tokens)] * (batch_rows - len(items))
-        arrays = jax.tree.map(lambda *leaves: np.stack(leaves), *[batch for batch, _ in items], *padding)
-        return arrays, tuple(id_ for _, ids in items for id_ in ids)
+    Args:
+      own: rows of a batch, by their place in it, whose tokens this process reads; all by default.
+    """
+    squares = rows.squares
+    deal = Deal(squares, batch_rows, epochs, seed, window)
+    empty = packing.empty_row(rows.row_tokens)
+
+    def stack(step: int) -> Dealt:
+        here = deal[step]
+        mine = range(batch_rows) if own is None else own
+        items = [rows.arrays(here[i]) if i < len(here) and i in mine else empty for i in range(batch_rows)]
+        arrays = jax.tree.map(lambda *leaves: np.stack(leaves), *items)
+        costs = np.concatenate([squares[here], np.zeros(batch_rows - len(here))])
+        ids = tuple(name for i in here for name in rows.ids(i))
+        return Dealt(arrays, ids, sum(rows.tokens(i) for i in here), costs)
 
     dataset = grain.MapDataset.range(len(deal)).map(stack)
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from jaxdistill import sharding
 from jaxdistill.data import loader
 from jaxdistill.errors import UserError
 from jaxdistill.metrics import MetricsLog
@@ -23,6 +24,7 @@ class Heldout:
         self.rows = rows
         self._path: Path | None = config.heldout
         self._batch_rows = config.batch_rows // config.step.accumulate
+        self._own = sharding.own_rows(1, self._batch_rows)
         self._console = console
         self._loss = make_heldout_loss(config.step, attention, c)
 
@@ -31,8 +33,8 @@ class Heldout:
         total, weight = 0.0, 0.0
         with Progress(*Progress.get_default_columns(), console=self._console, transient=True) as bar:
             task = bar.add_task("held-out", total=math.ceil(len(self.rows) / self._batch_rows))
-            for batch, _ in loader.batches(self.rows, self._batch_rows, epochs=1, seed=0):
-                loss, tokens = self._loss(params, place(batch))
+            for dealt in loader.batches(self.rows, self._batch_rows, epochs=1, seed=0, own=self._own):
+                loss, tokens = self._loss(params, place(dealt.batch))
                 total, weight = total + float(loss), weight + float(tokens)
                 bar.update(task, advance=1)
         if not weight:

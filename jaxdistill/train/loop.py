@@ -9,7 +9,6 @@ from typing import Any
 
 import grain
 import jax
-import numpy as np
 import optax
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
@@ -17,7 +16,6 @@ from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from jaxdistill import metrics, optim, runtime, sharding
 from jaxdistill.checkpoint_store import Checkpoints
 from jaxdistill.data import loader
-from jaxdistill.data.packing import Batch
 from jaxdistill.errors import PreemptedError
 from jaxdistill.evaluate.live import Live, numbers
 from jaxdistill.models.attention import Attention
@@ -112,8 +110,8 @@ class Loop:
         ):
             steps_log = self._steps_log(bar, start)
             for number in range(start + 1, last + 1):
-                batch, ids = self._next(batches, steps_log, number == start + 1)
-                placed = place(batch, config.step.accumulate)
+                dealt = self._next(batches, steps_log, number == start + 1)
+                placed = place(dealt.batch, config.step.accumulate)
                 if number == start + 1:
                     sharding.check_replicas(state.params, "weights")
                     sharding.check_replicas(placed, "batch")
@@ -124,7 +122,7 @@ class Loop:
                 with self.goodput.on("compile") if number == start + 1 else contextlib.nullcontext():
                     state, values = train_step(state, placed, *self.trained.frozen)
                 self.goodput.turn_to("steps")
-                steps_log.add(number, values, self._facts(batch), ids)
+                steps_log.add(number, values, self._facts(dealt), dealt.ids)
                 preempted = self.preemption.reached()
                 if profile.ends_at(number):
                     steps_log.settle()
@@ -178,21 +176,21 @@ class Loop:
         """Says what a person should look at."""
         self.console.print(words, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
-    def _next(self, batches: grain.DatasetIterator, steps_log: StepLog, first: bool) -> tuple[Batch, tuple[str, ...]]:
+    def _next(self, batches: grain.DatasetIterator, steps_log: StepLog, first: bool) -> loader.Dealt:
         """The next batch; the wait for it counts where the devices are idle when it comes."""
         started = time.perf_counter()
-        batch = next(batches)
+        dealt = next(batches)
         if not first and steps_log.devices_wait:
             self.goodput.wasted("input", time.perf_counter() - started)
-        return batch
+        return dealt
 
-    def _facts(self, batch: Batch) -> dict[str, float]:
+    def _facts(self, dealt: loader.Dealt) -> dict[str, float]:
         """Tokens of a batch, its share of padding, and how unevenly its FLOPs fall on the data-parallel ranks."""
-        tokens, mesh = np.count_nonzero(batch.segments), jax.sharding.get_mesh().shape
-        flops_per_position = self.trained.flops_per_token(batch.lengths.mean(-1, dtype=np.float64))  # of each row
-        by_rank = flops_per_position.reshape(self.config.step.accumulate, mesh["data"] * mesh["fsdp"], -1).sum(-1)
+        config, mesh = self.config, jax.sharding.get_mesh().shape
+        flops_per_position = self.trained.flops_per_token(dealt.squares / config.row_tokens)  # of each row
+        by_rank = flops_per_position.reshape(config.step.accumulate, mesh["data"] * mesh["fsdp"], -1).sum(-1)
         return {
-            "tokens": float(tokens),
-            "padding_fraction": 1 - tokens / batch.segments.size,
+            "tokens": float(dealt.tokens),
+            "padding_fraction": 1 - dealt.tokens / (config.batch_rows * config.row_tokens),
             "flop_imbalance": metrics.flop_imbalance(by_rank),
         }

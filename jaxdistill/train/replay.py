@@ -54,7 +54,7 @@ def again(
     ids: tuple[str, ...] = ()
     numbers: dict[str, float] = {}
     for _ in range(start, step):
-        batch, ids = next(batches)
+        batch, ids, *_ = next(batches)
         state, values = train_step(state, place(batch, config.step.accumulate), *trained.frozen)
         numbers = {name: float(values[name]) for name in _NUMBERS}
     return {

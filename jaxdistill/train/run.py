@@ -209,7 +209,9 @@ class Run:
         """
         config, dtype = self.config, jnp.dtype(stage.phase.optim.state_dtype)
         epochs = math.ceil(stage.steps * config.batch_rows / len(stage.rows))
-        batches = loader.batches(stage.rows, config.batch_rows, epochs, config.seed, config.deal_window)
+        pieces = config.step.accumulate
+        own = sharding.own_rows(pieces, config.batch_rows // pieces)
+        batches = loader.batches(stage.rows, config.batch_rows, epochs, config.seed, config.deal_window, own)
         kind = (stage.phase.optim.average_decay > 0, config.step.offload_moments, config.bad_steps.spike is not None)
         self.trained.read(model)
         like = abstract_state(self.trained.template, stage.optimizer, dtype, *kind)

@@ -78,19 +78,19 @@ def packed_set(folder: Path, count: int) -> PackedSet:
 def test_batches_deal_every_row_once_an_epoch_in_another_order(tmp_path: Path):
     rows = packed_set(tmp_path, 10)
     dealt = list(loader.batches(rows, batch_rows=4, epochs=2, seed=3))
-    assert [batch.tokens.shape for batch, _ in dealt] == [(4, 10)] * 5
-    ids = [name for _, names in dealt for name in names]
+    assert [one.batch.tokens.shape for one in dealt] == [(4, 10)] * 5
+    ids = [name for one in dealt for name in one.ids]
     first, second = ids[:10], ids[10:]
     assert sorted(first) == sorted(second) == sorted(d.id for d in rows.documents)
     assert first != second
-    other = [name for _, names in loader.batches(rows, batch_rows=4, epochs=1, seed=4) for name in names]
+    other = [name for one in loader.batches(rows, batch_rows=4, epochs=1, seed=4) for name in one.ids]
     assert sorted(other) == sorted(first)
     assert other != first
 
 
 def test_last_batch_is_filled_with_padding(tmp_path: Path):
     dealt = list(loader.batches(packed_set(tmp_path, 5), batch_rows=4, epochs=1, seed=0))
-    last, names = dealt[-1]
+    last, names = dealt[-1].batch, dealt[-1].ids
     assert last.tokens.shape == (4, 10)
     assert len(names) == 1
     assert not last.weights[1:].any()
@@ -100,13 +100,27 @@ def test_last_batch_is_filled_with_padding(tmp_path: Path):
 @pytest.mark.parametrize("taken", [0, 1, 3, 5])
 def test_position_in_the_input_is_restored(taken: int, tmp_path: Path):
     rows = packed_set(tmp_path, 10)
-    whole = [names for _, names in loader.batches(rows, batch_rows=4, epochs=2, seed=3)]
+    whole = [one.ids for one in loader.batches(rows, batch_rows=4, epochs=2, seed=3)]
     iterator = loader.batches(rows, batch_rows=4, epochs=2, seed=3)
     for _ in range(taken):
         next(iterator)
     again = loader.batches(rows, batch_rows=4, epochs=2, seed=3)
     again.set_state(iterator.get_state())
-    assert [names for _, names in again] == whole[taken:]
+    assert [one.ids for one in again] == whole[taken:]
+
+
+def test_a_process_reads_the_rows_of_its_own_devices(tmp_path: Path):
+    rows = packed_set(tmp_path, 10)
+    whole = list(loader.batches(rows, batch_rows=4, epochs=1, seed=3))
+    for own in ({0, 1}, {2, 3}, {3}):
+        for all_, mine in zip(whole, loader.batches(rows, batch_rows=4, epochs=1, seed=3, own=own), strict=True):
+            assert (mine.ids, mine.tokens, mine.squares.tolist()) == (all_.ids, all_.tokens, all_.squares.tolist())
+            for i in range(4):
+                expected = all_.batch.tokens[i] if i in own else np.zeros(10)
+                np.testing.assert_array_equal(mine.batch.tokens[i], expected)
+    one = whole[0]
+    assert one.tokens == np.count_nonzero(one.batch.segments)
+    np.testing.assert_allclose(one.squares, one.batch.lengths.sum(-1))
 
 
 # --- dealing ---------------------------------------------------------------------------------------------------------

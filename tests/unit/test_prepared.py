@@ -85,9 +85,9 @@ def test_rows_are_packed_once_for_each_length(tmp_path: Path, tokenizer: object)
     sets = [loader.prepare(path, tokenizer, tokens, VOCAB, cache, show_progress=False) for tokens in (64, 128, 64)]
     assert sets[0].fingerprint() == sets[2].fingerprint() != sets[1].fingerprint()
     assert len(list(cache.rglob("*.packed"))) == 2
-    ids = sorted(name for i in range(len(sets[1])) for name in sets[1][i][1])
+    ids = sorted(name for i in range(len(sets[1])) for name in sets[1].ids(i))
     assert ids == sorted(d.id for d in sets[1].documents)
-    assert sets[1].documents_of_fullest_row == max(len(sets[1][i][1]) for i in range(len(sets[1])))
+    assert sets[1].documents_of_fullest_row == max(len(sets[1].ids(i)) for i in range(len(sets[1])))
 
 
 def test_all_that_is_wrong_is_named_at_once_and_nothing_is_kept(tmp_path: Path, tokenizer: object):

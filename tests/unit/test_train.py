@@ -179,7 +179,8 @@ def test_attention_plans_for_the_documents_of_the_fullest_row(tmp_path: Path, mo
     config = small(tmp_path / "run", model, examples)
     with jax.set_mesh(config.mesh.build()):
         run = train.Run(config, runtime.Preemption(), Goodput(config.workdir, time.time(), writes=False))
-    fullest = max(row.segments.max() for row, _ in (run.stages[0].rows[i] for i in range(len(run.stages[0].rows))))
+    rows = run.stages[0].rows
+    fullest = max(rows.arrays(i).segments.max() for i in range(len(rows)))
     assert run.attention.segments == fullest + 1, "one more for the padding"
 
 
