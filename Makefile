@@ -13,7 +13,7 @@ pip = $(1)/bin/python -m pip --disable-pip-version-check --no-input -qq install
 pinned = --no-deps --require-hashes --requirement
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint test-newest real soak format lock clean check-python
+.PHONY: help demo test lint test-newest real soak faults format lock clean check-python
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -31,6 +31,9 @@ lint: $(VENV)/.dev
 
 soak: $(VENV)/.dev $(TRANSFORMERS4)/.installed ## the long-running tests at full size
 	$(VENV)/bin/python -m pytest -m soak --full-size --durations=0 $(PYTEST_ARGS)
+
+faults: $(VENV)/.dev ## what is lost when something fails, each tried 5 times; half an hour
+	$(VENV)/bin/python benchmarks/faults.py
 
 real: $(VENV)/.dev ## SmolLM2-135M on real chains, evaluated on GSM8K and MATH-500; hours
 	$(VENV)/bin/python benchmarks/real.py

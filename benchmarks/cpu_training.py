@@ -53,10 +53,11 @@ def our_step(model: Path, row_tokens: int, peak_lr: float = LEARNING_RATE, **how
     """
     import jax
 
-    from jaxdistill import hf, optim, runtime, sharding, train_step
+    from jaxdistill import hf, optim, runtime, sharding
     from jaxdistill.data import packing
     from jaxdistill.models import decoder
     from jaxdistill.models.attention import REFERENCE
+    from jaxdistill.train import step as train_step
 
     runtime.start()
     jax.set_mesh(sharding.MeshConfig().build())
@@ -190,12 +191,12 @@ def input_pipeline(model: Path, row_tokens: int) -> dict[str, float]:
         )
         tokenizer = chat.load_tokenizer(model)
         started = time.perf_counter()
-        packed = loader.prepare(path, tokenizer, 4 * row_tokens, 1 << 30, show_progress=False)
+        packed = loader.prepare(path, tokenizer, 4 * row_tokens, 1 << 30, Path(folder) / "cache", show_progress=False)
         prepared_s = time.perf_counter() - started
-    tokens = packed.lengths.sum() + sum(receipt["tokens"] for receipt in packed.dropped)
-    epochs = 20
-    started = time.perf_counter()
-    dealt = sum(np.count_nonzero(batch.segments) for batch, _ in loader.batches(packed, 8, epochs, seed=0, window=16))
+        tokens = packed.lengths.sum() + sum(receipt["tokens"] for receipt in packed.dropped)
+        epochs = 20
+        started = time.perf_counter()
+        dealt = sum(dealt.tokens for dealt in loader.batches(packed, 8, epochs, seed=0, window=16))
     return {"prepare": tokens / prepared_s, "deal": dealt / (time.perf_counter() - started)}
 
 

@@ -22,7 +22,7 @@ from jaxdistill import manifest
 from jaxdistill.errors import RunError, UserError
 from jaxdistill.plan import hardware, run
 from jaxdistill.plan.run import Plan, PlanConfig
-from jaxdistill.train_config import TrainConfig
+from jaxdistill.train.config import TrainConfig
 
 RESULTS = Path(__file__).parent / "results"
 STEP_TOKENS, DOCUMENT_TOKENS = 2**21, 8016.0

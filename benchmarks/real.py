@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import smollm2
 
-from jaxdistill import export, manifest, metrics, records, runtime, train
+from jaxdistill import export, manifest, metrics, records, runtime
 from jaxdistill.curate.examples import example
 from jaxdistill.data import loader
 from jaxdistill.errors import RunError, UserError
@@ -30,6 +30,7 @@ from jaxdistill.evaluate.statistics import PairedTest, mcnemar
 from jaxdistill.evaluate.tasks import BOXED_PROMPT
 from jaxdistill.records import Example, Problem
 from jaxdistill.sample.request import SamplingConfig
+from jaxdistill.train import run as train
 from jaxdistill.verify import Verifier
 
 ROOT = Path(__file__).parents[1]

@@ -10,8 +10,8 @@ Hardware: one GPU with 80 GB and 32 GB of host memory that it can pin; planned, 
 from pathlib import Path
 
 from jaxdistill.optim import OptimConfig
-from jaxdistill.train_config import Phase, TrainConfig
-from jaxdistill.train_step import StepConfig
+from jaxdistill.train.config import Phase, TrainConfig
+from jaxdistill.train.step import StepConfig
 
 
 def config() -> TrainConfig:

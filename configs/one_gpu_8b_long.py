@@ -14,8 +14,8 @@ from pathlib import Path
 
 from jaxdistill.models.context import ContextExtension
 from jaxdistill.optim import OptimConfig
-from jaxdistill.train_config import Phase, TrainConfig
-from jaxdistill.train_step import StepConfig
+from jaxdistill.train.config import Phase, TrainConfig
+from jaxdistill.train.step import StepConfig
 
 
 def config() -> TrainConfig:

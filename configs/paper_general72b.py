@@ -11,7 +11,7 @@ from pathlib import Path
 
 from jaxdistill.optim import OptimConfig
 from jaxdistill.sharding import MeshConfig
-from jaxdistill.train_config import Phase, TrainConfig
+from jaxdistill.train.config import Phase, TrainConfig
 
 
 def config() -> TrainConfig:

@@ -14,7 +14,7 @@ from pathlib import Path
 from jaxdistill.models.context import ContextExtension
 from jaxdistill.optim import OptimConfig
 from jaxdistill.sharding import MeshConfig
-from jaxdistill.train_config import Phase, TrainConfig
+from jaxdistill.train.config import Phase, TrainConfig
 
 OPTIM = OptimConfig(peak_lr=1e-5, weight_decay=0.1)
 

@@ -9,8 +9,8 @@ chains to fall from 1.22 to 1.00; 135M parameters stay weak at mathematics (benc
 from pathlib import Path
 
 from jaxdistill.optim import OptimConfig
-from jaxdistill.train_config import Phase, TrainConfig
-from jaxdistill.train_step import StepConfig
+from jaxdistill.train.config import Phase, TrainConfig
+from jaxdistill.train.step import StepConfig
 
 RUN = Path("runs/real")
 

@@ -10,8 +10,8 @@ common practice for this size, the paper does not give its own.
 from pathlib import Path
 
 from jaxdistill.optim import OptimConfig
-from jaxdistill.train_config import Phase, TrainConfig
-from jaxdistill.train_step import StepConfig
+from jaxdistill.train.config import Phase, TrainConfig
+from jaxdistill.train.step import StepConfig
 
 OPTIM = OptimConfig(peak_lr=1e-5, warmup_fraction=0.03)
 

@@ -1,10 +1,6 @@
-"""Orbax checkpoints of a training run, and how any command opens a model, whether trained here or downloaded."""
+"""How any command opens a model, whether trained here or downloaded, and what a phase's folder keeps for that."""
 
-import contextlib
-import errno
-import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,100 +8,14 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxdistill import hf, lora, manifest, sharding, weights
-from jaxdistill.errors import UserError, disk_full
+from jaxdistill import hf, integrity, lora, manifest, sharding, weights
+from jaxdistill.checkpoint_store import FOLDER, RESULT, DamagedError, attempt, read_input
+from jaxdistill.errors import UserError
 from jaxdistill.models import decoder
 from jaxdistill.models.config import Config
 from jaxdistill.models.context import ContextExtension
 
-_FOLDER = "checkpoints"
-RESULT = "params"  # the state's field that holds the weights, where a checkpoint names no other
 _BASE = "base"  # config and tokenizer of the model trained from, so that a checkpoint stands by itself
-_CHUNK_BYTES = 2**28  # of an array, which are read and written as one
-
-
-class Checkpoints:
-    """The checkpoints of one phase: `checkpoints/<step>` under its folder, written in the background."""
-
-    def __init__(self, folder: Path, keep: int = 2):
-        self._folder = folder
-        self._manager = ocp.CheckpointManager(
-            (folder / _FOLDER).absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=keep)
-        )
-
-    @property
-    def latest_step(self) -> int | None:
-        """The newest step that was written whole, or None."""
-        return self._manager.latest_step()
-
-    def save(self, step: int, state: Any, input_position: dict[str, Any]) -> None:
-        """Starts to write; the devices' memory has been copied when this returns.
-
-        Raises:
-          OSError: ENOSPC, before anything is written where it can be foreseen; earlier checkpoints stay usable.
-        """
-        with _full_disk_named(self._folder):
-            self._manager.wait_until_finished()  # its bytes count, and those of what it replaces are free again
-            shards = [shard for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards]
-            needed = sum(shard.data.nbytes for shard in shards if shard.replica_id == 0)  # one replica is written
-            if shutil.disk_usage(self._folder).free < needed:
-                raise disk_full(self._folder)
-            self._write(step, state, input_position)
-
-    def _write(self, step: int, state: Any, input_position: dict[str, Any]) -> None:
-        saved = ocp.args.StandardSave(state, save_args(state))
-        items = ocp.args.Composite(state=saved, input=ocp.args.JsonSave(input_position))
-        self._manager.save(step, args=items)
-
-    def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
-        """The state and the input position of a step, laid out like `like` (arrays or ShapeDtypeStructs)."""
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(like), input=ocp.args.JsonRestore())
-        found = self._manager.restore(step, args=items)
-        return found["state"], found["input"]
-
-    def close(self) -> None:
-        """Waits until everything is written. Raises as `save`."""
-        with _full_disk_named(self._folder):
-            self._manager.wait_until_finished()
-            self._manager.close()
-
-
-def save_args(state: Any) -> Any:
-    """How Orbax is to cut a state's arrays: weights that are stacked layer by layer, so that one layer can be read."""
-
-    def one(x: Any) -> ocp.SaveArgs:
-        if x.ndim < 2:
-            return ocp.SaveArgs()
-        return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if x.ndim > 2 else ())
-
-    return jax.tree.map(one, state)
-
-
-@contextlib.contextmanager
-def _full_disk_named(folder: Path) -> Iterator[None]:
-    """Tensorstore's word for a full disk, said as the operating system says it."""
-    try:
-        yield
-    except ValueError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) and os.strerror(errno.ENOSPC) not in str(error):
-            raise
-        raise disk_full(folder) from None
-
-
-def newest_input(phase: Path) -> tuple[int, dict[str, Any]] | None:
-    """The newest step of a phase's folder and what it holds about the input; None without a checkpoint."""
-    if not (phase / _FOLDER).is_dir():
-        return None
-    with ocp.CheckpointManager((phase / _FOLDER).absolute()) as manager:
-        step = manager.latest_step()
-        if step is None:
-            return None
-        return step, _read_input(manager, step)
-
-
-def _read_input(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    """What a checkpoint holds beside the state."""
-    return manager.restore(step, args=ocp.args.Composite(input=ocp.args.JsonRestore()))["input"]
 
 
 def keep_base(source: Path, phase: Path, extension: ContextExtension | None = None) -> None:
@@ -122,7 +32,7 @@ def keep_base(source: Path, phase: Path, extension: ContextExtension | None = No
 
 def base_of(model: Path) -> Path:
     """The folder with config.json and tokenizer of a model: itself, or what a training phase kept."""
-    return model / _BASE if (model / _FOLDER).is_dir() else model
+    return model / _BASE if (model / FOLDER).is_dir() else model
 
 
 def fingerprint(model: Path, step: int | None = None) -> str:
@@ -133,10 +43,10 @@ def fingerprint(model: Path, step: int | None = None) -> str:
     """
     base = base_of(model)
     hf.read_config(base)
-    if (model / _FOLDER).is_dir():
-        with ocp.CheckpointManager((model / _FOLDER).absolute()) as manager:
+    if (model / FOLDER).is_dir():
+        with ocp.CheckpointManager((model / FOLDER).absolute()) as manager:
             step = _whole_step(manager, model, step)
-        folder, prefix = model / _FOLDER / str(step), f"step {step} "
+        folder, prefix = model / FOLDER / str(step), f"step {step} "
         files = sorted(path for path in folder.rglob("*") if path.is_file())
     else:
         folder, prefix, files = model, "", sorted(model.glob("*.safetensors"))
@@ -145,7 +55,7 @@ def fingerprint(model: Path, step: int | None = None) -> str:
 
 def steps_folder(phase: Path) -> Path:
     """Where a phase's checkpoints lie, a folder a step."""
-    return (phase / _FOLDER).absolute()
+    return (phase / FOLDER).absolute()
 
 
 def locate(model: Path, step: int | None = None) -> tuple[Path, dict[str, Any]] | None:
@@ -154,11 +64,11 @@ def locate(model: Path, step: int | None = None) -> tuple[Path, dict[str, Any]] 
     Raises:
       UserError: the phase has no such checkpoint.
     """
-    if not (model / _FOLDER).is_dir():
+    if not (model / FOLDER).is_dir():
         return None
-    with ocp.CheckpointManager((model / _FOLDER).absolute()) as manager:
+    with ocp.CheckpointManager((model / FOLDER).absolute()) as manager:
         step = _whole_step(manager, model, step)
-        return model / _FOLDER / str(step) / "state", _read_input(manager, step)
+        return model / FOLDER / str(step) / "state", read_input(manager, model, step)
 
 
 def _whole_step(manager: ocp.CheckpointManager, model: Path, step: int | None) -> int:
@@ -179,14 +89,16 @@ def load_model(model: Path, step: int | None = None, dtype: Any = np.float32) ->
 
     Raises:
       UserError: the path is neither, or the phase has no such checkpoint.
+      DamagedError: it cannot be read. Weights read in another dtype than they were saved in are not held against the
+        sums of those.
     """
-    if not (model / _FOLDER).is_dir():
+    if not (model / FOLDER).is_dir():
         return hf.load(model, dtype)
     config, _ = hf.read_config(base_of(model))
-    with ocp.CheckpointManager((model / _FOLDER).absolute()) as manager:
+    with ocp.CheckpointManager((model / FOLDER).absolute()) as manager:
         step = _whole_step(manager, model, step)
         sharding.check_divisible(config.sizes(), dict(jax.sharding.get_mesh().shape))
-        found = _read_input(manager, step)
+        found = read_input(manager, model, step)
         result = found.get("result", RESULT)  # the state's field: the weights or their average
         adapters = lora.from_json(found["lora"]["config"]) if "lora" in found else None
         template: Any = decoder.template(config)
@@ -196,11 +108,14 @@ def load_model(model: Path, step: int | None = None, dtype: Any = np.float32) ->
             wanted = {result: weights.abstract(lora.template(adapters, template))}
         layouts = ocp.checkpoint_utils.construct_restore_args(wanted)
         items = ocp.args.Composite(state=ocp.args.PyTreeRestore(wanted, restore_args=layouts, partial_restore=True))
-        params = manager.restore(step, args=items)["state"][result]
+        place = model / FOLDER / str(step)
+        read = attempt(place, lambda: manager.restore(step, args=items)["state"])
+    if damaged := integrity.changed(read, found.get("sums", {})):
+        raise DamagedError(f"{place} is not what was saved: {', '.join(damaged)}")
     if adapters is None:
-        return params, config
+        return read[result], config
     base, _ = load_model(adapted(model, found), found["lora"]["step"], dtype)
-    return lora.merge(base, params, adapters), config
+    return lora.merge(base, read[result], adapters), config
 
 
 def adapted(phase: Path, found: dict[str, Any]) -> Path:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 from orbax.checkpoint.type_handlers import NumpyHandler
 
-from jaxdistill import checkpoint, hf, lora, weights
+from jaxdistill import checkpoint, checkpoint_store, hf, integrity, lora, weights
 from jaxdistill.errors import UserError
 from jaxdistill.hf_tensors import Part, Source, Stacked, Tensors, check, parts, read_part
 from jaxdistill.models import decoder
@@ -27,7 +28,7 @@ def open_model(model: Path, step: int | None = None) -> Iterator[tuple[Source, C
     template = decoder.template(c)
     if (located := checkpoint.locate(model, step)) is not None:
         state, found = located
-        result = found.get("result", checkpoint.RESULT)
+        result = found.get("result", checkpoint_store.RESULT)
         if "lora" not in found:
             yield Stacked(template, _reader(state, result, template)), c
             return
@@ -55,21 +56,54 @@ def open_adapters(model: Path, step: int | None) -> tuple[Source, dict[str, lora
     state, found = located
     config = lora.from_json(found["lora"]["config"])
     declared = lora.template(config, decoder.template(c))
-    tensors = Stacked(declared, _reader(state, found.get("result", checkpoint.RESULT), declared))
+    tensors = Stacked(declared, _reader(state, found.get("result", checkpoint_store.RESULT), declared))
     return tensors, declared, config, checkpoint.adapted(model, found)
+
+
+def check_sums(model: Path, step: int | None = None) -> None:
+    """Reads the weights of a checkpoint once, the model's under adapters too, and holds them against their sums.
+
+    Raises:
+      DamagedError: they are not what was saved, or cannot be read.
+    """
+    if (located := checkpoint.locate(model, step)) is None:
+        return
+    state, found = located
+    c, _ = hf.read_config(checkpoint.base_of(model))
+    template: Any = decoder.template(c)
+    if "lora" in found:
+        check_sums(checkpoint.adapted(model, found), found["lora"]["step"])
+        template = lora.template(lora.from_json(found["lora"]["config"]), template)
+    tree = found.get("result", checkpoint_store.RESULT)
+    place, saved = state.parent, found.get("sums", {})
+
+    def changed() -> list[str]:
+        read = _reader(state, tree, template)
+        leaves = jax.tree.leaves_with_path(template, is_leaf=weights.is_declared)
+        sums = {
+            "/".join([tree, *_names(path)]): integrity.sum_on_host(declared.shape, functools.partial(read, leaf))
+            for leaf, (path, declared) in enumerate(leaves)
+        }
+        return [name for name, sum_ in sums.items() if name in saved and saved[name]["sum"] != sum_]
+
+    if damaged := checkpoint_store.attempt(place, changed):
+        raise checkpoint_store.DamagedError(f"{place} is not what was saved: {', '.join(damaged)}")
+
+
+def _names(path: tuple[Any, ...]) -> list[str]:
+    return [getattr(key, "name", None) or key.key for key in path]
 
 
 def _reader(state: Path, tree: str, template: Any) -> Callable[[int, Any], np.ndarray]:
     """Reads the weight with this place among a template's leaves, by an index, from a checkpoint of Orbax.
 
-    What is read of it are whole chunks. Those that `checkpoint.save_args` asks for hold one layer; before it did, a
-    device's part of all layers was one.
+    What is read of it are whole chunks. Those that `checkpoint_store.save_args` asks for hold one layer; before
+    it did, a device's part of all layers was one.
     """
     base = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{state.absolute()}/"}}
     opened = {}
     for leaf, (path, _) in enumerate(jax.tree.leaves_with_path(template, is_leaf=weights.is_declared)):
-        names = (getattr(key, "name", None) or key.key for key in path)  # type: ignore[attr-defined]
-        place = ".".join([tree, *names])
+        place = ".".join([tree, *_names(path)])
         spec = {"driver": "zarr", "kvstore": {**base, "path": f"{place}/"}, "recheck_cached_data": False}
         opened[leaf] = tensorstore.open(spec, read=True, open=True).result()
     return lambda leaf, index: opened[leaf][index].read().result()
@@ -90,7 +124,7 @@ def write(phase: Path, tensors: Source, template: decoder.Params, dtype: Any) ->
         return _Unread(declared[leaf].shape, np.dtype(dtype), declared[leaf].dims.startswith("L"), read)
 
     params = jax.tree.unflatten(tree, [unread(leaf) for leaf in range(len(declared))])
-    state = {checkpoint.RESULT: params}
+    state = {checkpoint_store.RESULT: params}
     handlers = ocp.type_handlers.create_type_handler_registry(
         (jax.Array, ocp.type_handlers.ArrayHandler()), (_Unread, _Writer())
     )
@@ -99,8 +133,8 @@ def write(phase: Path, tensors: Source, template: decoder.Params, dtype: Any) ->
         "input": ocp.JsonCheckpointHandler(),
     }
     with ocp.CheckpointManager(checkpoint.steps_folder(phase), item_handlers=items) as manager:
-        saved = ocp.args.PyTreeSave(state, save_args=checkpoint.save_args(state))
-        facts = ocp.args.JsonSave({"result": checkpoint.RESULT})
+        saved = ocp.args.PyTreeSave(state, save_args=checkpoint_store.save_args(state))
+        facts = ocp.args.JsonSave({"result": checkpoint_store.RESULT})
         manager.save(0, args=ocp.args.Composite(state=saved, input=facts), force=True)
 
 

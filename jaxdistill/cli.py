@@ -6,6 +6,7 @@ import functools
 import importlib
 import runpy
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
@@ -51,7 +52,9 @@ COMMANDS = {
     ),
     "refine mix": Command("jaxdistill.curate.mix", "MixConfig", "sets of examples -> one, shuffled", False),
     "examples": Command("jaxdistill.curate.examples", "ExamplesConfig", "chains -> examples to train on", False),
-    "train": Command("jaxdistill.train", "TrainConfig", "Hugging Face folder + examples -> checkpoints", joins=True),
+    "train": Command(
+        "jaxdistill.train.run", "TrainConfig", "Hugging Face folder + examples -> checkpoints", joins=True
+    ),
     "plan": Command(
         "jaxdistill.plan.run", "PlanConfig", "recipe + hardware -> fit, speed, cost", False, recipe="train"
     ),
@@ -155,7 +158,7 @@ def main(arguments: list[str] | None = None) -> None:
     if name in _HELP or (group and rest and rest[0] in _HELP):
         print(_USAGE + "\n".join(f"  {name:16} {COMMANDS[name].summary}" for name in group or COMMANDS))
         return
-    config, leads = None, True
+    config, leads, launched = None, True, time.time()
     try:
         if group and rest and not rest[0].startswith("-"):
             name, rest = f"{name} {rest[0]}", rest[1:]
@@ -166,7 +169,7 @@ def main(arguments: list[str] | None = None) -> None:
         if command.uses_devices:
             from jaxdistill import runtime  # imports jax, which the other commands do without
 
-            runtime.start(join=command.joins)
+            runtime.start(join=command.joins, launched=launched)
             leads = runtime.leads()
         with manifest.held(config.workdir) if command.writes and leads else contextlib.nullcontext():
             getattr(importlib.import_module(command.module), command.function)(config)

@@ -19,6 +19,10 @@ class PreemptedError(RunError):
     """The machines are about to be taken away; everything is saved, and the same command goes on from there."""
 
 
+class LostHostError(RunError):
+    """Another process of the job has ended without a word; all are to be started again."""
+
+
 def disk_full(place: Path) -> OSError:
     """A full disk as the operating system says it, for libraries that have words of their own."""
     return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(place))

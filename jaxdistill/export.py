@@ -11,7 +11,7 @@ from rich.console import Console
 
 from jaxdistill import hf, lora, manifest
 from jaxdistill.checkpoint import base_of, fingerprint
-from jaxdistill.checkpoint_tensors import open_adapters, open_model
+from jaxdistill.checkpoint_tensors import check_sums, open_adapters, open_model
 from jaxdistill.data import chat
 from jaxdistill.errors import RunError, UserError
 from jaxdistill.export_check import check
@@ -42,12 +42,13 @@ def main(config: ExportConfig) -> float | None:
 
     Raises:
       UserError: the target would overwrite its own source, or a folder that is no export.
-      RunError: the export does not hold what was trained.
+      RunError: the checkpoint is damaged, or the export does not hold what was trained.
     """
     model, folder = config.model, config.workdir
     if folder.resolve() == base_of(model).resolve():
         raise UserError(f"workdir is {folder}, the folder that the model comes from; export to another one")
     _check_target(folder)
+    check_sums(model, config.step)
     if config.adapters:
         return _export_adapters(config)
     facts = {"settings": dataclasses.asdict(config), "model": fingerprint(model, config.step)}

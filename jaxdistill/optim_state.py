@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array, Bool, PRNGKeyArray
 
 from jaxdistill import rounding, weights
 from jaxdistill.sharding import HOST_MEMORY
@@ -35,7 +35,12 @@ def init(optimizer: optax.GradientTransformation, params: Any, on_host: bool = F
 
 
 def apply(
-    optimizer: optax.GradientTransformation, grads: Any, state: optax.OptState, params: Any, key: PRNGKeyArray
+    optimizer: optax.GradientTransformation,
+    grads: Any,
+    state: optax.OptState,
+    params: Any,
+    key: PRNGKeyArray,
+    accept: Bool[Array, ""] | None = None,
 ) -> tuple[Any, optax.OptState]:
     """Weights and state after one update, each array in the dtype and in the memory where it was found.
 
@@ -44,13 +49,21 @@ def apply(
 
     Args:
       grads: in float32.
+      accept: where it is false, weights and moments stay as they are; counts of steps, and so the schedule, go on.
     """
     wide_state, wide_params = jax.tree.map(_widened, (state, params))
     updates, new_state = optimizer.update(grads, wide_state, wide_params)
     new_params = optax.apply_updates(wide_params, updates)
+    if accept is not None:
+        kept = (wide_params, wide_state)
+        new_params, new_state = jax.tree.map(lambda n, o: _chosen(accept, n, o), (new_params, new_state), kept)
     found, tree = jax.tree.flatten((params, state))
     made = zip(jax.tree.leaves((new_params, new_state)), found, jax.random.split(key, len(found)), strict=True)
     return jax.tree.unflatten(tree, [_as_found(new, old, key) for new, old, key in made])
+
+
+def _chosen(accept: Bool[Array, ""], new: Array, old: Array) -> Array:
+    return jnp.where(accept, new, old) if jnp.issubdtype(new.dtype, jnp.floating) else new
 
 
 def _on_host(x: Array) -> bool:

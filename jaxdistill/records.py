@@ -150,17 +150,17 @@ def read_json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[st
         raise UserError(f"{path}: {found}; expected a JSON Lines file")
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                values = json.loads(line, parse_constant=_refuse_constant)
-            except (ValueError, RecursionError) as error:
-                yield number, f"not valid JSON ({error}), expected one object a line"
-                continue
-            yield (
-                number,
-                values if isinstance(values, dict) else f"found a JSON {type(values).__name__}, expected an object",
-            )
+            if line.strip():
+                yield number, parse(line)
+
+
+def parse(line: bytes) -> dict[str, Any] | str:
+    """The object that a line holds, or what is wrong with it."""
+    try:
+        values = json.loads(line, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        return f"not valid JSON ({error}), expected one object a line"
+    return values if isinstance(values, dict) else f"found a JSON {type(values).__name__}, expected an object"
 
 
 def _refuse_constant(name: str) -> None:

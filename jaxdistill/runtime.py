@@ -1,22 +1,34 @@
 """What a process does before its first array, joining its job and finding compiled programs, and when it is to end."""
 
+import itertools
 import os
 import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
-from jax._src import cloud_tpu_init  # no public name says what this one knows before the backend starts
+import numpy as np
+from jax._src import (
+    cloud_tpu_init,  # no public name says what this one knows before the backend starts
+    distributed,  # its key-value store has no public name
+)
 from jax.experimental import multihost_utils
+
+from jaxdistill.errors import UserError
+
+T = TypeVar("T")
 
 _HEARTBEAT_S = 40  # without a sign of life from one process, the others end
 _SHUTDOWN_S = 20  # that a failing process waits for the others: they may be waiting for it
+_WAIT_S = 24 * 3600  # for what the first process does alone: tokenizing much may take hours
 _EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")  # of processes, as launchers say it
 
 
-def start(join: bool = False) -> None:
+def start(join: bool = False, launched: float | None = None) -> None:
     """Prepares JAX; call once, before the first array.
 
     Compiled programs are kept in ~/.cache/jaxdistill/xla (or $JAX_COMPILATION_CACHE_DIR), so that a restart does
@@ -24,13 +36,24 @@ def start(join: bool = False) -> None:
 
     Args:
       join: the other processes of the job, if it has any; otherwise this one is on its own.
+      launched: when this process was, seconds since the epoch.
     """
+    if launched is not None:
+        _launch[:] = [launched]
     if not jax.config.values["jax_compilation_cache_dir"]:
         base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
         jax.config.update("jax_compilation_cache_dir", str(base / "jaxdistill" / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     if join:
         _join()
+
+
+_launch: list[float] = []  # of the process, until a run takes it for its own
+
+
+def launched() -> float:
+    """When this run was launched, seconds since the epoch: now, for any but the first in its process."""
+    return _launch.pop() if _launch else time.time()
 
 
 def _join() -> None:
@@ -53,6 +76,38 @@ def meet(where: str) -> None:
     """Waits until every process of the job is here."""
     if jax.distributed.is_initialized():
         multihost_utils.sync_global_devices(where)
+
+
+_turns = itertools.count()  # of `first_alone`; all processes come to them in the same order
+
+
+def first_alone(do: Callable[[], T]) -> T:
+    """What `do` gives; the first process of the job does it before the others, which find what it leaves on disk.
+
+    A user's mistake that it finds is one in every process.
+    """
+    client = distributed.global_state.client if jax.distributed.is_initialized() else None
+    if client is None:
+        return do()
+    turn, done = f"jaxdistill/first_alone/{next(_turns)}", "done"
+    if not leads():
+        if (outcome := client.blocking_key_value_get(turn, 1000 * _WAIT_S)) != done:
+            raise UserError(outcome)
+        return do()
+    try:
+        result = do()
+    except UserError as error:
+        client.key_value_set(turn, f"{error}")
+        raise
+    client.key_value_set(turn, done)
+    return result
+
+
+def anywhere(here: bool) -> bool:
+    """Whether it is so in any process of the job; each of them asks."""
+    if not jax.distributed.is_initialized():
+        return here
+    return bool(np.any(multihost_utils.process_allgather(np.array(here))))
 
 
 class Preemption:

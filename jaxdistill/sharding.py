@@ -236,6 +236,14 @@ def put(x: np.ndarray, dims: str, table: Mapping[str, MeshAxes] = COMPUTE) -> ja
     return jax.make_array_from_callback(x.shape, layout, lambda index: x[index])
 
 
+def own_rows(pieces: int, rows: int) -> frozenset[int]:
+    """Places in a batch of `pieces` x `rows` rows, piece after piece, that devices of this process hold a part of."""
+    layout = jax.sharding.NamedSharding(jax.sharding.get_mesh(), spec("AB"))
+    places = np.arange(pieces * rows).reshape(pieces, rows)
+    held = layout.addressable_devices_indices_map(places.shape).values()
+    return frozenset(int(place) for index in held for place in places[index].flat)
+
+
 def check_replicas(tree: Any, what: str) -> None:
     """Compares the copies that devices hold of the same part of an array: hosts may have read different files.
 

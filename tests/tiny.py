@@ -10,11 +10,12 @@ import jax
 import numpy as np
 from jax.sharding import AxisType
 
-from jaxdistill import sharding, train_step, weights
+from jaxdistill import sharding, weights
 from jaxdistill.data import packing
 from jaxdistill.data.chat import Document
 from jaxdistill.models import decoder, family
 from jaxdistill.models.config import Config
+from jaxdistill.train import step as train_step
 
 # --- meshes ----------------------------------------------------------------------------------------------------------
 

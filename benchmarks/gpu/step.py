@@ -13,11 +13,12 @@ import numpy as np
 import profile_steps
 import shapes
 
-from jaxdistill import chips, optim, sharding, train_step, weights
+from jaxdistill import chips, optim, sharding, weights
 from jaxdistill.models import decoder
 from jaxdistill.models.attention import Attention, backends
 from jaxdistill.optim import OptimConfig
-from jaxdistill.train_step import State, StepConfig
+from jaxdistill.train import step as train_step
+from jaxdistill.train.step import State, StepConfig
 
 _SEGMENTS = 17  # of a row: 16 documents and padding, so that one program serves all rows of a length
 _TIMED = 5

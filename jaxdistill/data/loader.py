@@ -1,58 +1,80 @@
-"""Example files to batches: tokenize, drop what does not fit with a receipt, pack, deal in an order that resumes."""
+"""Example files to batches: drop what does not fit with a receipt, pack, deal in an order that resumes."""
 
 import dataclasses
+import functools
 import hashlib
+import itertools
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex
 
 import grain
 import jax
 import numpy as np
-from rich.progress import track
+from jaxtyping import Int32, Int64
+from safetensors.numpy import load_file, save_file
 
-from jaxdistill import records
-from jaxdistill.data import chat, packing
-from jaxdistill.data.chat import Document
+from jaxdistill.data import packing, prepared
 from jaxdistill.data.dealing import Deal
 from jaxdistill.data.packing import Batch
+from jaxdistill.data.prepared import Documents
 from jaxdistill.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class PackedSet:
-    """A data set packed into rows, in memory."""
+    """A data set packed into rows. What it holds of a document in memory are a few numbers."""
 
-    documents: list[Document]
-    rows: list[list[int]]  # indices of documents
+    documents: Documents
+    items: Int32[np.ndarray, " kept"]  # documents, row after row
+    stops: Int64[np.ndarray, " rows"]  # where each row ends among them
     row_tokens: int
     dropped: list[dict[str, Any]]  # a receipt for each document that is longer than a row
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.stops)
 
-    def __getitem__(self, index: SupportsIndex) -> tuple[Batch, tuple[str, ...]]:
-        """The arrays of a row, and the ids of its documents."""
-        documents = [self.documents[i] for i in self.rows[int(index)]]
-        return packing.make_row(documents, self.row_tokens), tuple(d.id for d in documents)
+    def _documents(self, index: SupportsIndex) -> np.ndarray:
+        return self.items[int(self._starts[int(index)]) : int(self.stops[int(index)])]
+
+    def arrays(self, index: SupportsIndex) -> Batch:
+        """The arrays [T] of a row."""
+        return packing.make_row([self.documents[i] for i in self._documents(index)], self.row_tokens)
+
+    def ids(self, index: SupportsIndex) -> list[str]:
+        """The ids of a row's documents."""
+        return [self.documents.id_of(i) for i in self._documents(index)]
+
+    def tokens(self, index: SupportsIndex) -> int:
+        """Positions that a row's documents take."""
+        return int(self.documents.lengths[self._documents(index)].sum())
+
+    @functools.cached_property
+    def _starts(self) -> np.ndarray:
+        return np.concatenate([[0], self.stops[:-1]])
 
     def fingerprint(self) -> str:
         """SHA-256 of all that a batch can hold: tokens, what is trained, weights, and how rows are packed."""
-        digest = hashlib.sha256(json.dumps([self.row_tokens, self.rows]).encode())
-        for d in self.documents:
-            digest.update(f"{d.id} {d.weight} {len(d.tokens)}".encode() + d.tokens.tobytes() + d.trained.tobytes())
+        digest = hashlib.sha256(f"{self.documents.digest} {self.row_tokens}".encode())
+        digest.update(self.items.tobytes() + self.stops.tobytes())
         return digest.hexdigest()
+
+    @property
+    def documents_of_fullest_row(self) -> int:
+        """The most documents that a row holds."""
+        return int((self.stops - self._starts).max())
 
     @property
     def trained_tokens(self) -> int:
         """Tokens with loss in one epoch."""
-        return sum(int(d.trained[1:].sum()) for d in self.documents)
+        return int(self.documents.trained_tokens[self.items].sum())
 
     @property
     def lengths(self) -> np.ndarray:
-        """Positions of each document, float64."""
-        return np.array([packing.positions_used(d) for d in self.documents], dtype=np.float64)
+        """Positions of each document, row after row, float64."""
+        return self.documents.lengths[self.items].astype(np.float64)
 
     @property
     def attended_tokens(self) -> float:
@@ -62,42 +84,69 @@ class PackedSet:
     @property
     def squares(self) -> np.ndarray:
         """Sum of squared document lengths of each row: what attention costs, up to a factor."""
-        squares = self.lengths**2
-        return np.array([squares[row].sum() for row in self.rows])
+        return np.add.reduceat(self.lengths**2, self._starts)
 
     @property
     def padding_fraction(self) -> float:
         """Share of row positions that hold no document."""
-        return 1 - float(self.lengths.sum()) / (len(self.rows) * self.row_tokens)
+        return 1 - float(self.lengths.sum()) / (len(self) * self.row_tokens)
 
 
-def prepare(path: Path, tokenizer: Any, row_tokens: int, vocab: int, show_progress: bool = True) -> PackedSet:
-    """Tokenizes and packs a file of `Example` rows.
+def prepare(
+    path: Path, tokenizer: Any, row_tokens: int, vocab: int, cache: Path, show_progress: bool = True
+) -> PackedSet:
+    """Tokenizes and packs a file of `Example` rows, or reads what an earlier call has kept of both.
 
     Documents longer than a row are never cut: they are dropped, and `dropped` says which.
+
+    Args:
+      vocab: tokens that the model knows.
+      cache: folder for what is prepared.
 
     Raises:
       UserError: the file is missing or malformed, a token is not in the model's vocabulary, or no document fits a row.
     """
-    examples = list(records.read_jsonl(path, records.Example))
-    steps = track(examples, f"tokenize {path.name}", transient=True, disable=not show_progress)
-    documents = [chat.tokenize(tokenizer, example) for example in steps]
-    for d in documents:
-        if (largest := int(d.tokens.max())) >= vocab:
-            raise UserError(
-                f"{path}: example {d.id} holds token {largest}, outside the model's vocabulary of {vocab}; the "
-                "tokenizer and the model do not belong together"
-            )
-    too_long = [d for d in documents if packing.positions_used(d) > row_tokens]
-    kept = [d for d in documents if packing.positions_used(d) <= row_tokens]
-    if not kept:
-        longest = f"; the shortest has {min(len(d.tokens) for d in documents)} tokens" if documents else ""
+    documents, folder = prepared.prepare(path, tokenizer, cache, show_progress)
+    largest, holder = documents.largest
+    if largest >= vocab:
+        raise UserError(
+            f"{path}: example {holder} holds token {largest}, outside the model's vocabulary of {vocab}; the "
+            "tokenizer and the model do not belong together"
+        )
+    fits = documents.lengths <= row_tokens
+    if not fits.any():
+        longest = f"; the shortest has {documents.lengths.min() + 1} tokens" if len(documents) else ""
         raise UserError(f"{path}: none of its {len(documents)} examples fits a row of {row_tokens} tokens{longest}")
     dropped = [
-        {"id": d.id, "reason": "longer than a row", "tokens": len(d.tokens), "row_tokens": row_tokens} for d in too_long
+        {
+            "id": documents.id_of(i),
+            "reason": "longer than a row",
+            "tokens": int(documents.lengths[i]) + 1,
+            "row_tokens": row_tokens,
+        }
+        for i in np.flatnonzero(~fits)
     ]
-    rows = packing.best_fit([packing.positions_used(d) for d in kept], row_tokens)
-    return PackedSet(documents=kept, rows=rows, row_tokens=row_tokens, dropped=dropped)
+    items, stops = _packed(documents.lengths, np.flatnonzero(fits), row_tokens, folder / f"rows{row_tokens}.packed")
+    return PackedSet(documents=documents, items=items, stops=stops, row_tokens=row_tokens, dropped=dropped)
+
+
+def row_after_row(rows: Sequence[Sequence[int]]) -> tuple[Int32[np.ndarray, " kept"], Int64[np.ndarray, " rows"]]:
+    """The items of all rows one after another, and where each row ends among them."""
+    stops = np.cumsum([len(row) for row in rows], dtype=np.int64)
+    return np.fromiter(itertools.chain.from_iterable(rows), np.int32, int(stops[-1])), stops
+
+
+def _packed(
+    lengths: np.ndarray, kept: np.ndarray, row_tokens: int, path: Path
+) -> tuple[Int32[np.ndarray, " kept"], Int64[np.ndarray, " rows"]]:
+    """The documents row after row, and where rows end, as `best_fit` packs them; kept in a file."""
+    if not path.is_file():
+        items, stops = row_after_row(packing.best_fit(lengths[kept].tolist(), row_tokens))
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        save_file({"items": kept[items].astype(np.int32), "stops": stops}, partial)
+        partial.replace(path)
+    found = load_file(path)
+    return found["items"], found["stops"]
 
 
 def write_receipts(path: Path, dropped: Sequence[dict[str, Any]]) -> None:
@@ -106,18 +155,37 @@ def write_receipts(path: Path, dropped: Sequence[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(receipt) + "\n" for receipt in dropped), encoding="utf-8")
 
 
-def batches(rows: PackedSet, batch_rows: int, epochs: int, seed: int, window: int = 1) -> grain.DatasetIterator:
-    """Global batches ([batch_rows, T], document ids) as `Deal` orders them; the last one is filled with padding.
+class Dealt(NamedTuple):
+    """A global batch: what this process reads of it, and what is known of all of it."""
+
+    batch: Batch  # numpy [batch_rows, T]; rows of other processes look like padding
+    ids: tuple[str, ...]  # of all documents
+    tokens: int  # positions that documents take, in all rows
+    squares: np.ndarray  # float64 [batch_rows], of document lengths, summed over each row; 0 for padding
+
+
+def batches(
+    rows: PackedSet, batch_rows: int, epochs: int, seed: int, window: int = 1, own: Collection[int] | None = None
+) -> grain.DatasetIterator:
+    """Global batches (`Dealt`) as `Deal` orders them; the last one is filled with padding.
 
     The order is a pure function of the arguments; `get_state` and `set_state` of the iterator hold the position.
-    """
-    deal = Deal(rows.squares, batch_rows, epochs, seed, window)
 
-    def stack(step: int) -> tuple[Batch, tuple[str, ...]]:
-        items = [rows[i] for i in deal[step]]
-        padding = [packing.empty_row(rows.row_tokens)] * (batch_rows - len(items))
-        arrays = jax.tree.map(lambda *leaves: np.stack(leaves), *[batch for batch, _ in items], *padding)
-        return arrays, tuple(id_ for _, ids in items for id_ in ids)
+    Args:
+      own: rows of a batch, by their place in it, whose tokens this process reads; all by default.
+    """
+    squares = rows.squares
+    deal = Deal(squares, batch_rows, epochs, seed, window)
+    empty = packing.empty_row(rows.row_tokens)
+
+    def stack(step: int) -> Dealt:
+        here = deal[step]
+        mine = range(batch_rows) if own is None else own
+        items = [rows.arrays(here[i]) if i < len(here) and i in mine else empty for i in range(batch_rows)]
+        arrays = jax.tree.map(lambda *leaves: np.stack(leaves), *items)
+        costs = np.concatenate([squares[here], np.zeros(batch_rows - len(here))])
+        ids = tuple(name for i in here for name in rows.ids(i))
+        return Dealt(arrays, ids, sum(rows.tokens(i) for i in here), costs)
 
     dataset = grain.MapDataset.range(len(deal)).map(stack)
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))

@@ -11,7 +11,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from jaxdistill import export, lineage, manifest, metrics, records, train
+from jaxdistill import export, lineage, manifest, metrics, records
 from jaxdistill.collect import run as collect
 from jaxdistill.collect.teacher import TeacherConfig
 from jaxdistill.curate import examples, reformat
@@ -29,7 +29,9 @@ from jaxdistill.records import Chain, Example, Problem
 from jaxdistill.report import page, plots
 from jaxdistill.report import run as report
 from jaxdistill.sample.request import SamplingConfig
-from jaxdistill.train_step import StepConfig
+from jaxdistill.train import config as train_config
+from jaxdistill.train import run as train
+from jaxdistill.train.step import StepConfig
 
 _FAULTS = Faults(rate_limited=0.01, server_error=0.01, truncated=0.03, wrong=0.05)
 _REFORMATTED, _DISTILLED, _ANSWERS = "reformatted", "distilled", "answers_only"
@@ -204,11 +206,11 @@ class Demo:
             done |= train.main(self._train_config("ablation", (alone,)))
         return done
 
-    def _phase_config(self, name: str, **length: int) -> train.Phase:
+    def _phase_config(self, name: str, **length: int) -> train_config.Phase:
         optim = OptimConfig(peak_lr=self.config.peak_lr, warmup_fraction=0.05, weight_decay=0.01)
-        return train.Phase(name=name, examples=self.workdir / name / "examples.jsonl", optim=optim, **length)
+        return train_config.Phase(name=name, examples=self.workdir / name / "examples.jsonl", optim=optim, **length)
 
-    def _train_config(self, folder: str, phases: tuple[train.Phase, ...]) -> train.TrainConfig:
+    def _train_config(self, folder: str, phases: tuple[train_config.Phase, ...]) -> train.TrainConfig:
         return train.TrainConfig(
             workdir=self.workdir / folder,
             model=self.workdir / "student",

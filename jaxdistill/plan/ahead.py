@@ -21,8 +21,8 @@ from jaxdistill.models.config import Config
 from jaxdistill.plan import collectives, cuda
 from jaxdistill.plan.collectives import Collective
 from jaxdistill.plan.hardware import Hardware
-from jaxdistill.train_config import TrainConfig, check_fits
-from jaxdistill.train_step import State, abstract_state, make_step
+from jaxdistill.train.config import TrainConfig, check_fits
+from jaxdistill.train.step import State, abstract_state, make_step
 
 _TOO_LARGE = re.compile(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm")
 

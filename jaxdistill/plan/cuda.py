@@ -9,7 +9,7 @@ from jax.experimental import topologies
 
 from jaxdistill.data.packing import Batch
 from jaxdistill.plan.hardware import Hardware
-from jaxdistill.train_step import State
+from jaxdistill.train.step import State
 
 _HOPPER = """\
 gpu_device_info {{

@@ -20,7 +20,7 @@ from jaxdistill.plan.hardware import Hardware
 from jaxdistill.plan.measured import Measured
 from jaxdistill.plan.search import OptimizerState
 from jaxdistill.sample.engine import EngineConfig
-from jaxdistill.train_config import TrainConfig, read_architecture
+from jaxdistill.train.config import TrainConfig, read_architecture
 
 _GIB = 2**30
 _LARGE_REDUCE = 8 * 2**20  # bytes: an all-reduce above this outside tensor parallelism should be a reduce-scatter
@@ -167,8 +167,9 @@ def work_of(config: PlanConfig, base: Path, c: Config) -> Work:
     """The recipe's data where it is here, else what the configuration says of it."""
     train = config.train
     if config.tokens is None and all(phase.examples.is_file() for phase in train.phases):
+        cache = train.prepared or config.workdir / "prepared"
         tokenizer = chat.load_tokenizer(base)
-        sets = [loader.prepare(phase.examples, tokenizer, train.row_tokens, c.vocab) for phase in train.phases]
+        sets = [loader.prepare(phase.examples, tokenizer, train.row_tokens, c.vocab, cache) for phase in train.phases]
         pairs = zip(train.phases, sets, strict=True)
         steps = sum(phase.optimizer_steps(len(rows), train.batch_rows) for phase, rows in pairs)
         attended = config.document_tokens or max(rows.attended_tokens for rows in sets)

@@ -16,8 +16,8 @@ from jaxdistill.models.remat import Remat
 from jaxdistill.plan import roofline
 from jaxdistill.plan.hardware import Hardware
 from jaxdistill.sharding import MeshConfig
-from jaxdistill.train_config import TrainConfig, check_fits
-from jaxdistill.train_step import StepConfig
+from jaxdistill.train.config import TrainConfig, check_fits
+from jaxdistill.train.step import StepConfig
 
 USABLE = 0.92  # of a device's memory: the rest goes to the runtime and to fragments
 _MAX_TENSOR, _MAX_CONTEXT = 8, 16  # beyond these the wire is all that a step waits for

@@ -17,6 +17,7 @@ from jaxdistill.lineage import Lineage, Stage
 from jaxdistill.records import from_dict, whole_file
 from jaxdistill.report import page, plots
 from jaxdistill.report.answers import Entry
+from jaxdistill.train import goodput
 from jaxdistill.transparency import index
 from jaxdistill.transparency import run as own
 
@@ -91,11 +92,13 @@ def _facts(found: Lineage, step_s: float) -> Mapping[str, str]:
       step_s: seconds of all training steps.
     """
     stages = list(found.stages.values())
+    clocks = {found.name(s.folder): goodput.read(s.folder) for s in found.of("train")}
     costs = [stage.cost_usd for stage in stages if stage.cost_usd is not None]
     return {
         "commit": ", ".join(sorted({str(stage.manifest.get("commit", "unknown")) for stage in stages})),
         "teacher's answers": f"${sum(costs):,.2f}" if costs else "none here",
         "training": f"{step_s / 3600:.2f} hours of steps",
+        **{f"time of {name}": goodput.in_words(clock) for name, clock in clocks.items() if clock},
         "devices": ", ".join(sorted({s.manifest.get("devices", "not written down") for s in found.of("train")})),
         **{k: v for stage in stages[-1:] for k, v in stage.manifest.get("versions", {}).items()},
     }

@@ -14,7 +14,7 @@ from jaxdistill.records import write_jsonl
 
 RECIPE = """
 from pathlib import Path
-from jaxdistill.train_config import Phase, TrainConfig
+from jaxdistill.train.config import Phase, TrainConfig
 
 def config():
     phases = (Phase(name="a", examples=Path("none")),)

@@ -11,7 +11,8 @@ import tiny
 from huggingface_hub import ModelCard
 
 from jaxdistill import cli, export, export_check
-from jaxdistill.checkpoint import Checkpoints, fingerprint, keep_base
+from jaxdistill.checkpoint import fingerprint, keep_base
+from jaxdistill.checkpoint_store import Checkpoints
 from jaxdistill.checkpoint_tensors import open_model
 from jaxdistill.data import chat
 from jaxdistill.errors import RunError, UserError

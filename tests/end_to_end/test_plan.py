@@ -11,7 +11,7 @@ from test_demo import jaxdistill
 RECIPE = """
 from pathlib import Path
 from jaxdistill.sharding import MeshConfig
-from jaxdistill.train_config import Phase, TrainConfig
+from jaxdistill.train.config import Phase, TrainConfig
 
 def config():
     phases = (Phase(name="a", examples=Path("none")),)

@@ -10,12 +10,13 @@ import jax
 import pytest
 import tiny
 
-from jaxdistill import optim, train_step, weights
+from jaxdistill import optim, weights
 from jaxdistill.models import decoder
 from jaxdistill.models.attention import REFERENCE
 from jaxdistill.models.quantized import MatmulDtype
 from jaxdistill.plan import collectives
 from jaxdistill.plan.collectives import Collective
+from jaxdistill.train import step as train_step
 
 ROWS, T = 8, 8
 C = tiny.config(

@@ -11,13 +11,15 @@ import plain_attention
 import pytest
 import tiny
 
-from jaxdistill import loss, optim, sharding, train_config, train_step
+from jaxdistill import loss, optim, sharding
 from jaxdistill.data.packing import Batch
 from jaxdistill.errors import UserError
 from jaxdistill.models import decoder
 from jaxdistill.models.attention import REFERENCE, Attention, Backend, ContextParallelism, blockwise
 from jaxdistill.models.config import Config
 from jaxdistill.sharding import MeshConfig
+from jaxdistill.train import config as train_config
+from jaxdistill.train import step as train_step
 
 MESHES = [
     {"data": 8},

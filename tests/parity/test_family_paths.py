@@ -15,7 +15,7 @@ from jaxdistill.hf_tensors import Stacked
 from jaxdistill.models import decoder
 from jaxdistill.sample.engine import Engine, EngineConfig
 from jaxdistill.sample.request import Request, SamplingConfig
-from jaxdistill.train_step import loss_sum
+from jaxdistill.train.step import loss_sum
 
 FAMILIES = ("mistral", "phi3", "gemma2", "gemma3_text", "olmo2")
 LENGTHS = (101, 70)  # of documents, tokens; windows are 48 keys

@@ -20,14 +20,15 @@ DEVICES = 4  # over all processes
 STEPS = {"first": 4, "second": 40}  # of each phase; the second is cut off
 RECIPE = """
 from pathlib import Path
-from jaxdistill import train
+from jaxdistill.train import run as train
+from jaxdistill.train import config as train_config
 from jaxdistill.optim import OptimConfig
 from jaxdistill.sharding import MeshConfig
-from jaxdistill.train_step import StepConfig
+from jaxdistill.train.step import StepConfig
 
 def config():
     phases = tuple(
-        train.Phase(name=name, examples=Path("{here}/examples.jsonl"), steps=n, optim=OptimConfig(peak_lr=1e-2))
+        train_config.Phase(name=name, examples=Path("{here}/examples.jsonl"), steps=n, optim=OptimConfig(peak_lr=1e-2))
         for name, n in {steps}.items()
     )
     return train.TrainConfig(workdir=Path("set by the test"), model=Path("{here}/hf"), phases=phases, row_tokens=128,
@@ -112,6 +113,8 @@ def test_a_run_that_loses_a_host_is_preempted_and_resumed_on_fewer_has_the_losse
     wait_for(job, workdir / "second", 1)
     job.processes[1].kill()
     assert job.wait(timeout_s=60)[0] not in (0, 2, 75), "launchers count it as a failure, and start again"
+    lost = f"process 1 on {socket.gethostname()} is lost: last heard of at "
+    assert lost in job.files[0].read_text(errors="replace")
 
     job = Job(here, workdir, 2)
     wait_for(job, workdir / "second", 3)

@@ -25,9 +25,11 @@ sys.path.insert(0, sys.argv[1])
 import jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 2)
-from jaxdistill import metrics, optim, sharding, train
-from jaxdistill.checkpoint import Checkpoints
-from jaxdistill.train_step import StepConfig
+from jaxdistill import metrics, optim, sharding
+from jaxdistill.train import run as train
+from jaxdistill.train import config as train_config
+from jaxdistill.checkpoint_store import Checkpoints
+from jaxdistill.train.step import StepConfig
 workdir, model, examples = map(Path, sys.argv[2:5])
 phase_to_die_in, at, during, steps = sys.argv[5], int(sys.argv[6]), sys.argv[7], eval(sys.argv[8])
 now = None  # the phase that is being trained
@@ -39,10 +41,10 @@ def due(step):
     return (now, step) == (phase_to_die_in, at)
 
 one_phase, write, save = train.Run.one_phase, metrics.MetricsLog.write, Checkpoints.save
-def entered(self, stage, model):
+def entered(self, stage, *arguments):
     global now
     now = stage.name
-    return one_phase(self, stage, model)
+    return one_phase(self, stage, *arguments)
 def logged(self, step, **values):
     write(self, step, **values)
     if during == "step" and due(step):
@@ -58,7 +60,7 @@ def saved(self, step, *arguments):
     if during == "save" and due(step):
         time.sleep(60)
 train.Run.one_phase, metrics.MetricsLog.write, Checkpoints.save = entered, logged, saved
-phases = tuple(train.Phase(name=name, examples=examples, steps=n, optim=optim.OptimConfig(peak_lr=1e-2))
+phases = tuple(train_config.Phase(name=name, examples=examples, steps=n, optim=optim.OptimConfig(peak_lr=1e-2))
                for name, n in steps.items())
 train.main(train.TrainConfig(workdir=workdir, model=model, phases=phases, row_tokens=128, batch_rows=4,
                              mesh=sharding.MeshConfig(fsdp=2),

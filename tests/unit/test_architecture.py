@@ -23,13 +23,13 @@ TEXT = (
 )
 ARRAYS = (
     ("errors", "records", "manifest", "progress", "html", "plots", "thinking"),
-    ("chips", "sharding", "metrics", "rounding", "runtime", "weights"),
-    ("compiler", "models", "loss", "optim", "optim_state", "data", "train_step"),
-    ("hf_tensors", "hf", "lora", "checkpoint", "checkpoint_tensors", "import_model"),
+    ("chips", "sharding", "tracking", "metrics", "rounding", "runtime", "weights", "integrity"),
+    ("compiler", "models", "loss", "optim", "optim_state", "data"),
+    ("hf_tensors", "hf", "lora", "checkpoint_store", "checkpoint", "checkpoint_tensors", "import_model"),
     ("sample",),
     ("serve", "export", "export_check"),
     ("evaluate",),
-    ("train_config", "trained", "train"),
+    ("train",),
     ("plan", "doctor"),
     ("report", "launch"),
     ("demo",),
@@ -94,7 +94,7 @@ def test_imported_finds_every_kind_of_import():
 import jaxdistill.loss
 from typing import TYPE_CHECKING
 if TYPE_CHECKING:
-    from jaxdistill.train import Step
+    from jaxdistill.train.run import Step
 def late():
     from . import engine
     from ..models import qwen3
@@ -104,7 +104,7 @@ def late():
     assert names == [
         "jaxdistill.loss",
         "typing.TYPE_CHECKING",
-        "jaxdistill.train.Step",
+        "jaxdistill.train.run.Step",
         "jaxdistill.sample.engine",
         "jaxdistill.models.qwen3",
         "jaxdistill.hf",

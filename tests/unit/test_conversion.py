@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 import tiny
 
-from jaxdistill import checkpoint, checkpoint_tensors, export, export_check, hf, import_model
+from jaxdistill import checkpoint, checkpoint_store, checkpoint_tensors, export, export_check, hf, import_model
 from jaxdistill.errors import RunError, UserError
 from jaxdistill.hf_tensors import Tensors
 from jaxdistill.import_model import ImportConfig
@@ -61,7 +61,7 @@ def test_tensors_of_a_checkpoint_that_a_mesh_wrote(tmp_path: Path):
     checkpoint.keep_base(source(tmp_path / "hf"), tmp_path)
     with tiny.mesh(fsdp=2, context=2, tensor=2):
         other, average = (tiny.put(tiny.values(c, seed), c) for seed in (1, 2))
-        written = checkpoint.Checkpoints(tmp_path)
+        written = checkpoint_store.Checkpoints(tmp_path)
         written.save(3, {"params": other, "average": average}, {"result": "average"})
         written.close()
     assert len(list((tmp_path / "checkpoints" / "3").rglob("*"))) > 8
@@ -83,7 +83,7 @@ def test_tensors_of_a_checkpoint_that_a_mesh_wrote(tmp_path: Path):
 def test_a_layer_of_a_checkpoint_is_a_chunk_of_its_own(tmp_path: Path):
     c = tiny.config("qwen3", vocab_size=VOCAB)
     state = {"params": tiny.values(c)}
-    args = checkpoint.save_args(state)["params"]
+    args = checkpoint_store.save_args(state)["params"]
     assert args.blocks.w_q.shard_axes == (0,)
     assert (args.embed.shard_axes, args.blocks.attn_norm.shard_axes) == ((), ())
 

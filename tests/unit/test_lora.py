@@ -14,7 +14,7 @@ import pytest
 import safetensors.numpy
 import tiny
 
-from jaxdistill import export, export_check, hf, lora, metrics, optim, sharding, train, weights
+from jaxdistill import export, export_check, hf, lora, metrics, optim, sharding, weights
 from jaxdistill.checkpoint import load_model
 from jaxdistill.checkpoint_tensors import open_model
 from jaxdistill.errors import UserError
@@ -24,9 +24,10 @@ from jaxdistill.models import lora as models_lora
 from jaxdistill.models.lora import LoraConfig
 from jaxdistill.plan import ahead
 from jaxdistill.sharding import MeshConfig
-from jaxdistill.train_config import Phase, TrainConfig
-from jaxdistill.train_step import StepConfig, loss_sum
-from jaxdistill.trained import Trained
+from jaxdistill.train import run as train
+from jaxdistill.train.config import Phase, TrainConfig
+from jaxdistill.train.step import StepConfig, loss_sum
+from jaxdistill.train.trained import Trained
 
 SIZES: dict[str, Any] = {"vocab_size": 264, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
 HF, C = tiny.hf_config("qwen2", **SIZES), tiny.config("qwen2", **SIZES)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import tiny
 
-from jaxdistill import loss, sharding, train_step
+from jaxdistill import loss, sharding
 from jaxdistill.data.packing import Batch
+from jaxdistill.train import step as train_step
 
 B, T, D, V = 4, 1024, 16, 64
 MESHES = [{}, {"tensor": 8}, {"fsdp": 2, "context": 2, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}]

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import tiny
 
-from jaxdistill import optim, optim_state, train_step
+from jaxdistill import optim, optim_state
 from jaxdistill.errors import UserError
 from jaxdistill.models import decoder
 from jaxdistill.models.attention import REFERENCE
 from jaxdistill.optim import OptimConfig
-from jaxdistill.train_step import StepConfig
+from jaxdistill.train import step as train_step
+from jaxdistill.train.step import StepConfig
 
 C = tiny.config("qwen2", num_hidden_layers=1)
 OPTIMIZERS = ["adamw", "muon", "lion", "adafactor"]

@@ -1,6 +1,7 @@
 """Packing documents into rows: nothing is lost, nothing runs over, and no document notices its neighbours."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -9,11 +10,12 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxdistill import metrics, train_step
-from jaxdistill.data import loader, packing
+from jaxdistill import metrics
+from jaxdistill.data import loader, packing, prepared
 from jaxdistill.data.dealing import Deal
 from jaxdistill.data.loader import PackedSet
 from jaxdistill.models import decoder
+from jaxdistill.train import step as train_step
 
 LENGTHS = st.lists(st.integers(1, 50), max_size=60)
 
@@ -66,28 +68,29 @@ def test_row_holds_each_document_shifted_by_one(lengths: list[int]):
     assert all(not np.asarray(leaf)[at:].any() for leaf in jax.tree.leaves(row)), "padding is zero and weighs nothing"
 
 
-def packed_set(count: int) -> PackedSet:
-    documents = tiny.documents([8 + i % 3 for i in range(count)], vocab=96)
-    rows = packing.best_fit([packing.positions_used(d) for d in documents], 10)
-    return PackedSet(documents=documents, rows=rows, row_tokens=10, dropped=[])
+def packed_set(folder: Path, count: int) -> PackedSet:
+    prepared.write_part(folder / "part", tiny.documents([8 + i % 3 for i in range(count)], vocab=96))
+    documents = prepared.Documents([folder / "part"])
+    items, stops = loader.row_after_row(packing.best_fit(documents.lengths.tolist(), 10))
+    return PackedSet(documents=documents, items=items, stops=stops, row_tokens=10, dropped=[])
 
 
-def test_batches_deal_every_row_once_an_epoch_in_another_order():
-    rows = packed_set(10)
+def test_batches_deal_every_row_once_an_epoch_in_another_order(tmp_path: Path):
+    rows = packed_set(tmp_path, 10)
     dealt = list(loader.batches(rows, batch_rows=4, epochs=2, seed=3))
-    assert [batch.tokens.shape for batch, _ in dealt] == [(4, 10)] * 5
-    ids = [name for _, names in dealt for name in names]
+    assert [one.batch.tokens.shape for one in dealt] == [(4, 10)] * 5
+    ids = [name for one in dealt for name in one.ids]
     first, second = ids[:10], ids[10:]
     assert sorted(first) == sorted(second) == sorted(d.id for d in rows.documents)
     assert first != second
-    other = [name for _, names in loader.batches(rows, batch_rows=4, epochs=1, seed=4) for name in names]
+    other = [name for one in loader.batches(rows, batch_rows=4, epochs=1, seed=4) for name in one.ids]
     assert sorted(other) == sorted(first)
     assert other != first
 
 
-def test_last_batch_is_filled_with_padding():
-    dealt = list(loader.batches(packed_set(5), batch_rows=4, epochs=1, seed=0))
-    last, names = dealt[-1]
+def test_last_batch_is_filled_with_padding(tmp_path: Path):
+    dealt = list(loader.batches(packed_set(tmp_path, 5), batch_rows=4, epochs=1, seed=0))
+    last, names = dealt[-1].batch, dealt[-1].ids
     assert last.tokens.shape == (4, 10)
     assert len(names) == 1
     assert not last.weights[1:].any()
@@ -95,15 +98,29 @@ def test_last_batch_is_filled_with_padding():
 
 
 @pytest.mark.parametrize("taken", [0, 1, 3, 5])
-def test_position_in_the_input_is_restored(taken: int):
-    rows = packed_set(10)
-    whole = [names for _, names in loader.batches(rows, batch_rows=4, epochs=2, seed=3)]
+def test_position_in_the_input_is_restored(taken: int, tmp_path: Path):
+    rows = packed_set(tmp_path, 10)
+    whole = [one.ids for one in loader.batches(rows, batch_rows=4, epochs=2, seed=3)]
     iterator = loader.batches(rows, batch_rows=4, epochs=2, seed=3)
     for _ in range(taken):
         next(iterator)
     again = loader.batches(rows, batch_rows=4, epochs=2, seed=3)
     again.set_state(iterator.get_state())
-    assert [names for _, names in again] == whole[taken:]
+    assert [one.ids for one in again] == whole[taken:]
+
+
+def test_a_process_reads_the_rows_of_its_own_devices(tmp_path: Path):
+    rows = packed_set(tmp_path, 10)
+    whole = list(loader.batches(rows, batch_rows=4, epochs=1, seed=3))
+    for own in ({0, 1}, {2, 3}, {3}):
+        for all_, mine in zip(whole, loader.batches(rows, batch_rows=4, epochs=1, seed=3, own=own), strict=True):
+            assert (mine.ids, mine.tokens, mine.squares.tolist()) == (all_.ids, all_.tokens, all_.squares.tolist())
+            for i in range(4):
+                expected = all_.batch.tokens[i] if i in own else np.zeros(10)
+                np.testing.assert_array_equal(mine.batch.tokens[i], expected)
+    one = whole[0]
+    assert one.tokens == np.count_nonzero(one.batch.segments)
+    np.testing.assert_allclose(one.squares, one.batch.lengths.sum(-1))
 
 
 # --- dealing ---------------------------------------------------------------------------------------------------------

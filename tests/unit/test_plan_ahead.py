@@ -14,7 +14,7 @@ from jaxdistill.plan import ahead, hardware
 from jaxdistill.plan.ahead import Compiled
 from jaxdistill.plan.collectives import KINDS
 from jaxdistill.sharding import MeshConfig
-from jaxdistill.train_config import TrainConfig
+from jaxdistill.train.config import TrainConfig
 
 T = 32_768
 GIB, MIB = 2**30, 2**20

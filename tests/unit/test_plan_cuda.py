@@ -15,8 +15,8 @@ from jaxdistill.models.config import Config
 from jaxdistill.optim import OptimConfig
 from jaxdistill.plan import ahead, cuda, hardware
 from jaxdistill.sharding import MeshConfig
-from jaxdistill.train_config import Phase, TrainConfig, read_architecture
-from jaxdistill.train_step import StepConfig
+from jaxdistill.train.config import Phase, TrainConfig, read_architecture
+from jaxdistill.train.step import StepConfig
 
 GIB = 2**30
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -16,7 +16,7 @@ from jaxdistill.plan.decoding import Decoding
 from jaxdistill.plan.run import PlanConfig
 from jaxdistill.sample.engine import EngineConfig
 from jaxdistill.sharding import MeshConfig
-from jaxdistill.train_config import TrainConfig
+from jaxdistill.train.config import TrainConfig
 
 SLOTS, POSITIONS, LIVE = 128, 32_768, 10_000.0
 SIZES: dict[str, Any] = {"hidden_size": 3584, "intermediate_size": 18_944, "num_hidden_layers": 2, "vocab_size": 8192}

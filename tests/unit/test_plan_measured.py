@@ -10,7 +10,7 @@ from jaxdistill.errors import UserError
 from jaxdistill.metrics import MetricsLog
 from jaxdistill.plan import measured
 from jaxdistill.sharding import MeshConfig
-from jaxdistill.train_config import TrainConfig
+from jaxdistill.train.config import TrainConfig
 
 
 @pytest.fixture

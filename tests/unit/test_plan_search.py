@@ -12,7 +12,7 @@ from jaxdistill.errors import UserError
 from jaxdistill.models.config import Config
 from jaxdistill.plan import hardware, search
 from jaxdistill.plan.search import Candidate, OptimizerState
-from jaxdistill.train_config import TrainConfig
+from jaxdistill.train.config import TrainConfig
 
 V5E = hardware.parse("v5e:4x4")
 STATES: tuple[OptimizerState, ...] = ("float32", "offloaded", "bfloat16")

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import tiny
 
-from jaxdistill import optim, sharding, train_step
+from jaxdistill import optim, sharding
 from jaxdistill.errors import UserError
 from jaxdistill.models import decoder, quantized
 from jaxdistill.models.attention import REFERENCE
 from jaxdistill.models.quantized import MatmulDtype
+from jaxdistill.train import step as train_step
 
 EQUATIONS = ["BTD,DNH->BTNH", "BTNH,NHD->BTD", "BTD,DF->BTF", "BTF,FD->BTD"]
 SIZES = {"B": 4, "T": 16, "D": 64, "N": 4, "H": 16, "F": 128}

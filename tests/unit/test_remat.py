@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
-from jaxdistill import train_step
 from jaxdistill.data.packing import Batch
 from jaxdistill.models import decoder
 from jaxdistill.models.remat import Remat
+from jaxdistill.train import step as train_step
 
 B, T = 2, 128
 C = tiny.config(

@@ -89,6 +89,11 @@ def test_parts_too_narrow_for_a_tpu():
         assert sharding.reduced_whole(sizes, tiny.ONE_DEVICE | {axis: 16}, "tpu7x") is None
 
 
+def test_one_process_reads_all_rows():
+    with tiny.mesh(data=2, fsdp=2, tensor=2):
+        assert sharding.own_rows(2, 4) == set(range(8))
+
+
 @pytest.mark.parametrize("shards", [1, 2, 4])
 def test_row_order_gives_each_shard_a_chunk_of_either_end(shards: int):
     order = sharding.row_order(16, shards).reshape(shards, -1)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,20 @@ import orbax.checkpoint as ocp
 import pytest
 import tiny
 
-from jaxdistill import hf, manifest, metrics, optim, runtime, train, train_config, weights
+from jaxdistill import hf, manifest, metrics, optim, runtime, weights
 from jaxdistill.checkpoint import load_model
 from jaxdistill.data import chat
 from jaxdistill.errors import UserError
-from jaxdistill.metrics import NonFiniteLossError
 from jaxdistill.models import decoder
 from jaxdistill.models.context import ContextExtension
 from jaxdistill.sharding import MeshConfig
-from jaxdistill.train_config import Phase, TrainConfig
-from jaxdistill.train_step import StepConfig
+from jaxdistill.train import config as train_config
+from jaxdistill.train import loop as train_loop
+from jaxdistill.train import run as train
+from jaxdistill.train.bad_steps import BadStepError, BadStepsConfig
+from jaxdistill.train.config import Phase, TrainConfig
+from jaxdistill.train.goodput import Goodput
+from jaxdistill.train.step import StepConfig
 
 SIZES: dict[str, Any] = {"vocab_size": 264, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
 HF, C = tiny.hf_config("qwen2", **SIZES), tiny.config("qwen2", **SIZES)
@@ -173,8 +178,9 @@ def test_documents_longer_than_a_row_leave_a_receipt(tmp_path: Path, model: Path
 def test_attention_plans_for_the_documents_of_the_fullest_row(tmp_path: Path, model: Path, examples: Path):
     config = small(tmp_path / "run", model, examples)
     with jax.set_mesh(config.mesh.build()):
-        run = train.Run(config, runtime.Preemption())
-    fullest = max(row.segments.max() for row, _ in (run.stages[0].rows[i] for i in range(len(run.stages[0].rows))))
+        run = train.Run(config, runtime.Preemption(), Goodput(config.workdir, time.time(), writes=False))
+    rows = run.stages[0].rows
+    fullest = max(rows.arrays(i).segments.max() for i in range(len(rows)))
     assert run.attention.segments == fullest + 1, "one more for the padding"
 
 
@@ -190,7 +196,7 @@ def test_loss_that_is_not_finite_stops_the_run(
     what: str, tmp_path: Path, model: Path, examples: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Step 4 goes wrong, where a checkpoint is due; the ones before it must stay the newest."""
-    make_step = train.make_step
+    make_step = train_loop.make_step
 
     def poisoned(*arguments: Any) -> Any:
         step, calls = make_step(*arguments), iter(range(1, 100))
@@ -203,9 +209,9 @@ def test_loss_that_is_not_finite_stops_the_run(
 
         return run
 
-    monkeypatch.setattr(train, "make_step", poisoned)
+    monkeypatch.setattr(train_loop, "make_step", poisoned)
     config = small(tmp_path, model, examples)
-    with pytest.raises(NonFiniteLossError, match=r"step 4 of sft: .*nan") as caught:
+    with pytest.raises(BadStepError, match=r"step 4 of sft: .*nan") as caught:
         train.main(config)
     assert "e1" in str(caught.value), "the documents of the batch are named"
     assert "optim.peak_lr" in str(caught.value)
@@ -219,8 +225,46 @@ def test_loss_that_is_not_finite_stops_the_run(
 def test_infinite_weight_of_a_document_is_found(tmp_path: Path, model: Path):
     """A real one, through the whole step: float32 cannot hold the sum of the weights."""
     path = tiny.write_examples(tmp_path / "examples.jsonl", 8, weight=3e38)
-    with pytest.raises(NonFiniteLossError, match="step 1 of sft: the loss is nan"):
+    with pytest.raises(BadStepError, match="step 1 of sft: the loss is nan"):
         train.main(small(tmp_path / "run", model, path))
+
+
+def test_bad_batches_are_skipped_by_policy_and_named(tmp_path: Path, model: Path, examples: Path):
+    """One document's weight is more than float32 can add up: its batch is no number, the others are trained on."""
+    lines = examples.read_text(encoding="utf-8").splitlines()
+    spoiled = json.loads(lines[5]) | {"weight": 3e38}
+    path = tmp_path / "examples.jsonl"
+    path.write_text("\n".join([*lines[:5], json.dumps(spoiled), *lines[6:]]) + "\n", encoding="utf-8")
+    config = small(tmp_path / "run", model, path, bad_steps=BadStepsConfig(policy="skip"))
+    train.main(config)
+    found = [json.loads(line) for line in (tmp_path / "run" / "sft" / "bad_steps.jsonl").read_text().splitlines()]
+    rows = metrics.read(tmp_path / "run" / "sft")
+    assert found
+    assert len(found) < len(rows)
+    assert all(row["action"] == "skipped" and spoiled["id"] in row["documents"] for row in found)
+    assert [row["step"] for row in rows if row.get("skipped")] == [row["step"] for row in found]
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    with tiny.mesh():
+        params, _ = load_model(tmp_path / "run" / "sft")
+    assert all(np.isfinite(w).all() for w in jax.tree.leaves(params))
+
+
+def test_a_recorded_step_is_replayed_to_the_bit(
+    tmp_path: Path, model: Path, examples: Path, capsys: pytest.CaptureFixture[str]
+):
+    config = small(tmp_path / "run", model, examples)
+    train.main(config)
+    last = metrics.read(tmp_path / "run" / "sft")[-1]
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    train.main(dataclasses.replace(config, replay=f"sft:{last['step']}"))
+    assert "as it was recorded" in capsys.readouterr().err
+    facts = json.loads((tmp_path / "run" / "replays" / f"sft-{last['step']}.json").read_text())
+    assert (facts["loss"], facts["grad_norm"]) == (last["loss"], last["grad_norm"])
+    assert facts["from_step"] < last["step"]
+    assert facts["documents"]
+    assert all(path.read_bytes() == content for path, content in before.items()), "the run stays as it was"
+    with pytest.raises(UserError, match="expected PHASE:STEP, of sft:1 to sft:"):
+        train.main(dataclasses.replace(config, replay="sft:0"))
 
 
 # --- what is refused before anything is trained ----------------------------------------------------------------------

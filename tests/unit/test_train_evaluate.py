@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from jaxdistill import metrics, optim, train
+from jaxdistill import metrics, optim
 from jaxdistill.errors import UserError
 from jaxdistill.evaluate import run as evaluate
 from jaxdistill.evaluate.config import EvaluateConfig
@@ -15,8 +15,9 @@ from jaxdistill.evaluate.live import LiveConfig
 from jaxdistill.records import Completion, read_jsonl
 from jaxdistill.sample.request import SamplingConfig
 from jaxdistill.sharding import MeshConfig
-from jaxdistill.train_config import Phase, TrainConfig
-from jaxdistill.train_step import StepConfig
+from jaxdistill.train import run as train
+from jaxdistill.train.config import Phase, TrainConfig
+from jaxdistill.train.step import StepConfig
 
 SIZES = {"vocab_size": 264, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
 

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import tiny
 
-from jaxdistill import export, hf, metrics, train
+from jaxdistill import export, hf, metrics
 from jaxdistill.checkpoint import load_model
 from jaxdistill.errors import UserError
 from jaxdistill.optim import OptimConfig
 from jaxdistill.sharding import MeshConfig
-from jaxdistill.train_config import Phase, TrainConfig
-from jaxdistill.train_step import StepConfig
+from jaxdistill.train import run as train
+from jaxdistill.train.config import Phase, TrainConfig
+from jaxdistill.train.step import StepConfig
 
 SIZES: dict[str, Any] = {"vocab_size": 264, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
 HF, C = tiny.hf_config("qwen2", **SIZES, dtype="bfloat16"), tiny.config("qwen2", **SIZES)

@@ -20,6 +20,8 @@ from jaxdistill.models.config import Config
 from jaxdistill.models.lora import LoraConfig, adapting, apply
 from jaxdistill.models.quantized import MatmulDtype, projection_in
 from jaxdistill.sharding import HOST_MEMORY
+from jaxdistill.train import bad_steps
+from jaxdistill.train.bad_steps import BAD_STEPS, BadStepsConfig
 
 _DROPOUT = 2**31 - 2
 _ROUNDING = 2**31 - 1  # folded into a step's key; pieces of a batch fold in their numbers
@@ -57,6 +59,7 @@ class State:
     opt_state: optax.OptState
     key: Any  # random key [], split by folding in the step
     average: Any = None  # Params: of the weights over the steps, where it is asked for
+    usual_norm: Any = None  # float32 []: of gradients (bad_steps.usual_norm), where spikes of it are looked for
 
     @property
     def result_name(self) -> str:
@@ -70,6 +73,7 @@ def new_state(
     seed: int,
     average: bool = False,
     offload_moments: bool = False,
+    spikes: bool = False,
 ) -> State:
     """The state before the first step; every array is on the mesh, replicated where it is not a weight.
 
@@ -78,7 +82,8 @@ def new_state(
     step, key = sharding.replicate(jnp.zeros((), jnp.int32)), sharding.replicate(jax.random.key(seed))
     opt_state = optim_state.init(optimizer, params, on_host=offload_moments)
     copy = jax.tree.map(lambda w: jnp.array(w, jnp.float32), params) if average else None
-    return State(step=step, params=params, opt_state=opt_state, key=key, average=copy)
+    norm = sharding.replicate(jnp.zeros((), jnp.float32)) if spikes else None
+    return State(step=step, params=params, opt_state=opt_state, key=key, average=copy, usual_norm=norm)
 
 
 def abstract_state(
@@ -87,10 +92,12 @@ def abstract_state(
     dtype: Any,
     average: bool = False,
     offload_moments: bool = False,
+    spikes: bool = False,
 ) -> State:
     """What `new_state` returns for weights of this dtype on the current mesh, without data."""
     params = weights.abstract(template, dtype)
-    state = weights.on_mesh(jax.eval_shape(lambda params: new_state(params, optimizer, 0, average), params))
+    made = jax.eval_shape(lambda params: new_state(params, optimizer, 0, average, spikes=spikes), params)
+    state = weights.on_mesh(made)
     return dataclasses.replace(state, opt_state=optim_state.abstract(optimizer, params, offload_moments))
 
 
@@ -147,6 +154,7 @@ def make_step(
     optimizer: optax.GradientTransformation,
     average_decay: float = 0.0,
     lora: LoraConfig | None = None,
+    bad: BadStepsConfig = BAD_STEPS,
 ) -> Callable[..., tuple[State, dict[str, Array]]]:
     """The jitted training step for the current mesh. Batches are [accumulate, B, T]; the old state's memory is reused.
 
@@ -156,6 +164,7 @@ def make_step(
       attention: as config asks for it, with the platform's backend where it leaves that open.
       average_decay: of the state's average, where it has one.
       lora: the state's params are adapters; the step takes the model's own weights, which stay, as a third argument.
+      bad: which steps are bad, and whether those are taken all the same.
     """
     dtype = jnp.dtype(config.compute_dtype)
 
@@ -183,14 +192,21 @@ def make_step(
             zero = (jnp.zeros(()), jax.tree.map(lambda w: jnp.zeros_like(w, jnp.float32), state.params))
             (loss, grads), _ = jax.lax.scan(piece, zero, (batch, jnp.arange(config.accumulate)))
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        norm = optax.tree.norm(grads)
+        good = bad_steps.is_good(bad, loss, norm, state.usual_norm, state.step)
+        accept = good if bad.policy == "skip" else None
         rounding_key = jax.random.fold_in(key, _ROUNDING)
-        params, opt_state = optim_state.apply(optimizer, grads, state.opt_state, state.params, rounding_key)
+        params, opt_state = optim_state.apply(optimizer, grads, state.opt_state, state.params, rounding_key, accept)
         average = state.average
         if average is not None:  # over all steps so far, until those are as many as the decay remembers
             share = jnp.maximum(1 - average_decay, 1 / (state.step + 1))
             average = optax.incremental_update(params, average, share)
         new = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state, average=average)
-        return new, {"loss": loss, "grad_norm": optax.tree.norm(grads), "loss_tokens": total}
+        said = {"loss": loss, "grad_norm": norm, "loss_tokens": total, "good": good}
+        if state.usual_norm is not None:
+            said["usual_norm"] = state.usual_norm
+            new = dataclasses.replace(new, usual_norm=bad_steps.usual_norm(state.usual_norm, norm, good, state.step))
+        return new, said
 
     options = compiler.options(jax.sharding.get_mesh().devices.flat[0])
     return jax.jit(step, donate_argnums=0, compiler_options=options)

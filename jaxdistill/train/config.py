@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxdistill import hf, manifest, models, sharding
+from jaxdistill import hf, manifest, models, sharding, tracking
 from jaxdistill.checkpoint import base_of
+from jaxdistill.checkpoint_store import RETENTION, Retention
 from jaxdistill.errors import UserError
 from jaxdistill.evaluate.live import LiveConfig
 from jaxdistill.models.attention import Attention, backends
@@ -16,7 +17,9 @@ from jaxdistill.models.context import ContextExtension
 from jaxdistill.models.lora import LoraConfig
 from jaxdistill.optim import OptimConfig
 from jaxdistill.sharding import MeshConfig
-from jaxdistill.train_step import StepConfig
+from jaxdistill.train import profiling
+from jaxdistill.train.bad_steps import BAD_STEPS, BadStepsConfig
+from jaxdistill.train.step import StepConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +56,7 @@ class TrainConfig:
     heldout: Path | None = None  # Example rows whose loss is measured before, between and after
     lora: LoraConfig = LoraConfig()  # adapters that are trained in place of all weights
     evaluate: LiveConfig = LiveConfig()  # a task that is run on the weights as they are trained
+    prepared: Path | None = None  # folder for tokenized examples, to share them among runs; by default in the workdir
     row_tokens: int = 8192  # T, positions in a packed row
     batch_rows: int = 8  # rows in an optimizer step, over all devices
     deal_window: int = 16  # steps that trade rows, so that those of a step cost alike; 1 is a plain shuffle
@@ -60,15 +64,27 @@ class TrainConfig:
     step: StepConfig = StepConfig()
     seed: int = 0  # of the order of rows, and of noise
     save_every: int = 100  # steps between checkpoints
-    keep: int = 2  # newest checkpoints kept of each phase
+    retention: Retention = RETENTION  # which of them stay, of each phase
     log_every: int = 1  # steps between rows of metrics
+    track: tuple[tracking.Name, ...] = ("tensorboard",)  # who gets them besides metrics.jsonl: wandb and mlflow as well
+    bad_steps: BadStepsConfig = BAD_STEPS
+    silence_s: float = 1800.0  # seconds without a step until each host writes where all its threads hang
+    profile_steps: str | None = None  # first and last step of each phase, as a:b, to write an XProf trace of
+    replay: str | None = None  # PHASE:STEP of this run to do again from the checkpoint before; nothing is trained
 
     def __post_init__(self):
         if not self.phases or len({p.name for p in self.phases}) < len(self.phases):
             raise UserError(f"phases are named {[p.name for p in self.phases]}; expected at least one, all different")
-        for name in ("row_tokens", "batch_rows", "deal_window", "save_every", "keep", "log_every"):
+        for name in ("row_tokens", "batch_rows", "deal_window", "save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; expected 1 or more")
+        if self.silence_s <= 0:
+            raise UserError(f"silence_s is {self.silence_s}; expected more than 0")
+        if self.profile_steps is not None:
+            profiling.span(self.profile_steps)
+        tracking.check(self.track)
+        if self.retention.keep_best and self.heldout is None:
+            raise UserError("retention.keep_best goes by the held-out loss, but heldout names no file; name one")
         if self.batch_rows % self.step.accumulate:
             raise UserError(f"batch_rows {self.batch_rows} is not a multiple of step.accumulate {self.step.accumulate}")
 

@@ -7,24 +7,26 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxdistill import lora, weights
-from jaxdistill.checkpoint import load_model, newest_input
+from jaxdistill.checkpoint import load_model
+from jaxdistill.checkpoint_store import newest_input
 from jaxdistill.models import decoder
 from jaxdistill.models import lora as adapters
 from jaxdistill.models.config import Config
-from jaxdistill.train_config import TrainConfig
+from jaxdistill.train.config import TrainConfig
 
 
 class Trained:
     """The trained weights of a run on the current mesh.
 
     Attributes:
+      c: the model's architecture.
       lora: the configuration of adapters, None where all weights are trained.
       template: the trained weights, declared.
       frozen: what the step takes beside state and batch: the weights that stay, where adapters are trained.
     """
 
     def __init__(self, config: TrainConfig, c: Config):
-        self._config, self._c, self._model = config, c, decoder.template(c)
+        self._config, self.c, self._model = config, c, decoder.template(c)
         self.lora = config.lora if config.lora.rank else None
         self.template: Any = adapters.template(self.lora, self._model) if self.lora else self._model
         self.frozen: tuple[decoder.Params, ...] = ()
@@ -60,7 +62,7 @@ class Trained:
 
     def flops_per_token(self, attended: Any) -> Any:
         """As the architecture says, without the gradients of weights that stay."""
-        return self._c.flops_per_token(attended) - (2.0 * sum(self._c.matmul_weights) if self.lora else 0.0)
+        return self.c.flops_per_token(attended) - (2.0 * sum(self.c.matmul_weights) if self.lora else 0.0)
 
     def __str__(self) -> str:
         added = f" and {weights.count(self.template):,} of adapters, which are trained" if self.lora else ""
