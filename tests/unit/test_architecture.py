@@ -33,6 +33,7 @@ ARRAYS = (
     ("plan", "doctor"),
     ("report", "launch"),
     ("demo",),
+    ("sweep",),
     ("cli",),
 )
 TEXT_MODULES = frozenset(module for layer in TEXT for module in layer)
