@@ -136,7 +136,9 @@ def _write_job(config: SweepConfig, words: list[str], missing: list[Run]) -> Non
         runs=tuple(run.name for run in missing),
         at_once=config.at_once,
     )
-    job = LaunchConfig(target=config.target, recipe=Path(words[0]), workdir=config.workdir / "job", **vars(config.launch))  # type: ignore[arg-type]
+    job = LaunchConfig(
+        target=config.target, recipe=Path(words[0]), workdir=config.workdir / "job", **vars(config.launch)
+    )  # type: ignore[arg-type]
     launch.write(job, launch.render(job, array))
 
 
