@@ -31,17 +31,18 @@ def main(run: Run, keep_model: bool = True) -> dict[str, Any]:
             return done
         runtime.start()
         history = manifest.History(run.folder)
-        manifest.write_json(run.folder / "run.json", run.identity())
-        if run.takes_part:
-            _take_part(run)
-        phases = train.main(run.train)
-        history.keep()
-        (summary,) = evaluate.main(run.evaluate).values()
+        try:
+            manifest.write_json(run.folder / "run.json", run.identity())
+            if run.takes_part:
+                _take_part(run)
+            phases = train.main(run.train)
+            (summary,) = evaluate.main(run.evaluate).values()
+        finally:
+            history.keep()
         line = _line(run, phases, summary) | {"wall_s": round(history.wall_s, 1), "commit": ", ".join(history.commits)}
         if not keep_model:
             for phase in run.train.phases:
-                shutil.rmtree(run.folder / "train" / phase.name / "checkpoints")
-        history.keep()
+                shutil.rmtree(run.folder / "train" / phase.name / "checkpoints", ignore_errors=True)
         manifest.write_json(run.folder / "result.json", line)  # last: with it the run is done
         return line
 
