@@ -21,7 +21,7 @@ from jaxdistill.sweep.config import SweepConfig
 from jaxdistill.sweep.grid import Run, chosen, runs_of
 
 _END_LINES = 15  # of the log of a run that failed, shown
-_POLL_S = 2.0
+_POLL_S = 0.5
 
 
 def main(config: SweepConfig, words: Sequence[str]) -> list[dict[str, Any]]:
