@@ -53,15 +53,20 @@ def least_squares(x: Float[np.ndarray, " N"], y: Float[np.ndarray, "R N"], weigh
     rows = max(1, _BLOCK // (len(x) * len(_EXPONENTS)))
     parts = []
     for block in np.split(y, range(rows, len(y), rows)):
-        tried, step = np.log(_EXPONENTS)[None], float(np.log(_EXPONENTS[1] / _EXPONENTS[0]))
-        for _ in range(3):
-            lost = _lines(logs, block, weights, np.exp(tried))[2]
-            best = np.take_along_axis(np.broadcast_to(tried, lost.shape), lost.argmin(axis=1)[:, None], axis=1)
-            tried, step = np.clip(best + step * _AROUND, *ends), step * float(_AROUND[1] - _AROUND[0])
+        best, step = _best(logs, block, weights, np.log(_EXPONENTS)[None]), np.log(_EXPONENTS[1] / _EXPONENTS[0])
+        for _ in range(2):
+            best = _best(logs, block, weights, np.clip(best + step * _AROUND, *ends))
+            step *= _AROUND[1] - _AROUND[0]
         floor, scale, _ = _lines(logs, block, weights, np.exp(best))
         parts.append(np.concatenate([floor, scale, np.exp(best)], axis=1))
     floor, scale, exponent = np.concatenate(parts).T
     return Laws(unit=unit, floor=floor, scale=scale, exponent=exponent)
+
+
+def _best(logs: np.ndarray, y: np.ndarray, weights: np.ndarray, tried: np.ndarray) -> np.ndarray:
+    """For each row the logarithm [R, 1] of the exponent with the least squares, of those tried [1 or R, K]."""
+    lost = _lines(logs, y, weights, np.exp(tried))[2]
+    return np.take_along_axis(np.broadcast_to(tried, lost.shape), lost.argmin(axis=1)[:, None], axis=1)
 
 
 def _lines(logs: np.ndarray, y: np.ndarray, weights: np.ndarray, exponents: np.ndarray) -> tuple[np.ndarray, ...]:

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from jaxdistill import manifest
 from jaxdistill.demo.material import Material
@@ -136,9 +136,8 @@ def _write_job(config: SweepConfig, words: list[str], missing: list[Run]) -> Non
         runs=tuple(run.name for run in missing),
         at_once=config.at_once,
     )
-    job = LaunchConfig(
-        target=config.target, recipe=Path(words[0]), workdir=config.workdir / "job", **vars(config.launch)
-    )  # type: ignore[arg-type]
+    target = cast("launch.Target", config.target)  # one of its own
+    job = LaunchConfig(target=target, recipe=Path(words[0]), workdir=config.workdir / "job", **vars(config.launch))
     launch.write(job, launch.render(job, array))
 
 

@@ -25,6 +25,7 @@ ARRAYS = (
     ("errors", "records", "manifest", "progress", "html", "plots", "thinking"),
     ("chips", "sharding", "metrics", "rounding", "runtime", "weights"),
     ("compiler", "models", "loss", "optim", "optim_state", "data", "train_step"),
+    ("publish",),
     ("hf_tensors", "hf", "lora", "checkpoint", "checkpoint_tensors", "import_model"),
     ("sample",),
     ("serve", "export", "export_check"),
