@@ -2,7 +2,7 @@
 
     jaxdistill sweep configs/sweep_ablations.py
 
-Hardware: CPUs. `benchmarks/sweeps.py` runs it and draws docs/sweep_ablations.svg; docs/experiments.md has the result.
+Hardware: CPUs. `benchmarks/sweeps.py` runs it and draws the figure of docs/experiments.md.
 """
 
 from pathlib import Path

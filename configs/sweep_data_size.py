@@ -1,9 +1,9 @@
 """How much a student learns from how many verified chains: the demo's task, eight sizes, three seeds, 24 runs.
 
     jaxdistill sweep configs/sweep_data_size.py
-    jaxdistill fit runs/sweep_data_size/table.jsonl --y heldout_loss
+    jaxdistill fit runs/sweep_data_size/table.jsonl --y heldout_loss --relative
 
-Hardware: CPUs. `benchmarks/sweeps.py` runs it and draws docs/sweep_data_size.svg; docs/experiments.md has the result.
+Hardware: CPUs. `benchmarks/sweeps.py` runs it and draws the figures of docs/experiments.md.
 """
 
 from pathlib import Path

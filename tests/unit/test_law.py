@@ -48,7 +48,7 @@ def test_intervals_of_95_percent_hold_the_truth_about_as_often(
 ):
     """200 tables of a known law: fewer than 179 has a chance of 1 in 860 for an interval that is one of 95%.
 
-    Where the law has no floor the far end is held less often, as docs/experiments.md says: 89% there, of 1,000 tables.
+    Where the law has no floor the far end is held less often, as docs/experiments.md says: 90% there, of 1,000 tables.
     """
     far, held = 19_000.0, collections.Counter[str]()
     true = {"floor": floor, "exponent": exponent, "scale": scale * 500**exponent}
