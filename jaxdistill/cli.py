@@ -29,6 +29,7 @@ class Command(NamedTuple):
     recipe: str | None = ""  # the field that takes a recipe, or the whole configuration; None: it takes words instead
     writes: bool = True  # in a run folder, the config's workdir
     function: str = "main"
+    words: bool = False  # the function is also given the words of its command line: it starts itself again
     joins: bool = False  # the other processes of its job: one command on many hosts
 
 
@@ -72,6 +73,10 @@ COMMANDS = {
     "report": Command(
         "jaxdistill.report.run", "ReportConfig", "run folders -> one page about them", False, recipe=None
     ),
+    "sweep": Command(
+        "jaxdistill.sweep.run", "SweepConfig", "a grid -> runs, one table", False, writes=False, words=True
+    ),
+    "fit": Command("jaxdistill.sweep.fit", "FitConfig", "a table -> a scaling law", False, recipe=None),
     "launch": Command("jaxdistill.launch.run", "LaunchConfig", "recipe + target -> the file that starts it", False),
     "tti score": _tti("ScoreConfig", "a work's answers -> transparency", function="score"),
     "tti run": _tti("RunConfig", "run folders -> their own score", function="run"),
@@ -172,7 +177,8 @@ def main(arguments: list[str] | None = None) -> None:
             runtime.start(join=command.joins, launched=launched)
             leads = runtime.leads()
         with manifest.held(config.workdir) if command.writes and leads else contextlib.nullcontext():
-            getattr(importlib.import_module(command.module), command.function)(config)
+            given = (config, rest) if command.words else (config,)
+            getattr(importlib.import_module(command.module), command.function)(*given)
     except UserError as error:
         _fail(f"{error}", MISTAKE)
     except PreemptedError as error:

@@ -9,7 +9,7 @@ import jinja2
 import numpy as np
 from rich.console import Console
 
-from jaxdistill import hf, lora, manifest
+from jaxdistill import hf, lora, manifest, publish
 from jaxdistill.checkpoint import base_of, fingerprint
 from jaxdistill.checkpoint_tensors import check_sums, open_adapters, open_model
 from jaxdistill.data import chat
@@ -32,18 +32,32 @@ class ExportConfig:
     verify: bool = True  # reload it and compare: every tensor, logits, and greedy text where the model fits in memory
     verify_tokens: int = 256  # of the logits check, spread over its positions
     verify_positions: int = 8192  # of the logits check, or as many as the model has
+    push_to_hub: str = ""  # OWNER/NAME of a model on the Hugging Face hub, to which the folder is uploaded
+    public: bool = False  # let everyone see it there; private by default
+    dry_run: bool = False  # of the upload: list its files alone
     mesh: MeshConfig = MeshConfig()
 
 
 def main(config: ExportConfig) -> float | None:
-    """Exports and verifies; returns the largest logit difference over the largest logit, None if it was not looked at.
+    """Exports, verifies and, if asked, uploads; returns the largest logit difference over the largest logit.
 
-    The weights go from file to file, a tensor at a time; what is held of them is the file that is being written.
+    None is returned if logits were not looked at. The weights go from file to file, a tensor at a time; what is held of
+    them is the file that is being written.
 
     Raises:
-      UserError: the target would overwrite its own source, or a folder that is no export.
-      RunError: the checkpoint is damaged, or the export does not hold what was trained.
+      UserError: the target would overwrite its own source, or a folder that is no export; as `publish.push`.
+      RunError: the checkpoint is damaged, or the export does not hold what was trained; as `publish.push`.
     """
+    if config.push_to_hub:
+        publish.check(config.push_to_hub, config.dry_run)
+    error = _export(config)
+    if config.push_to_hub:
+        upload = publish.Upload(repo=config.push_to_hub, kind="model", files=publish.files_of(config.workdir))
+        publish.push(upload, config.public, config.dry_run)
+    return error
+
+
+def _export(config: ExportConfig) -> float | None:
     model, folder = config.model, config.workdir
     if folder.resolve() == base_of(model).resolve():
         raise UserError(f"workdir is {folder}, the folder that the model comes from; export to another one")

@@ -1,10 +1,11 @@
-"""Plots as SVG to put into a page: coloured by the page, the same bytes for the same numbers."""
+"""Plots as SVG, to put into a page that colours them or into a file: the same bytes for the same numbers."""
 
 import contextlib
 import io
 import re
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -75,3 +76,14 @@ def svg(figure: Figure, name: str, label: str) -> str:
     text = re.sub(r'(\bid="|url\(#|href="#)', rf"\1{name}-", text)
     text = re.sub("|".join(_VARIABLES), lambda match: _VARIABLES[match.group()], text)
     return text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+
+
+def standalone(figure: Figure, name: str, label: str) -> str:
+    """The figure as a file of its own, with the colours of our pages: light or dark as the reader has it."""
+    style = Path(__file__).with_name("style.css.jinja").read_text(encoding="utf-8")
+    colours = style[: style.index("\n* {")]  # what comes before the first rule that is no set of colours
+    names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    text = svg(figure, name, label).replace("<svg ", f"<svg {names} ", 1)
+    start = text.index(">", text.index("<svg ")) + 1
+    ground = "svg { background: var(--surface); font-family: system-ui, sans-serif; }"
+    return f"{text[:start]}\n<style>{colours}\n{ground}</style>{text[start:]}"

@@ -1,9 +1,8 @@
 """`jaxdistill demo`: problems -> teacher -> verified chains -> two phases -> evaluation -> Hugging Face, in minutes."""
 
-import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,29 +11,21 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxdistill import export, lineage, manifest, metrics, records
-from jaxdistill.collect import run as collect
-from jaxdistill.collect.teacher import TeacherConfig
-from jaxdistill.curate import examples, reformat
 from jaxdistill.data import chat
 from jaxdistill.demo import student
+from jaxdistill.demo.material import ANSWERS, DISTILLED, REFORMATTED, Material, MaterialConfig
 from jaxdistill.errors import UserError
 from jaxdistill.evaluate import run as evaluate
 from jaxdistill.evaluate.grade import Summary
 from jaxdistill.evaluate.results import read_completions
-from jaxdistill.local_teacher import problems
-from jaxdistill.local_teacher.answers import Faults
-from jaxdistill.local_teacher.server import TeacherOptions, running_teacher
 from jaxdistill.optim import OptimConfig
-from jaxdistill.records import Chain, Example, Problem
+from jaxdistill.records import Problem
 from jaxdistill.report import page, plots
 from jaxdistill.report import run as report
 from jaxdistill.sample.request import SamplingConfig
 from jaxdistill.train import config as train_config
 from jaxdistill.train import run as train
 from jaxdistill.train.step import StepConfig
-
-_FAULTS = Faults(rate_limited=0.01, server_error=0.01, truncated=0.03, wrong=0.05)
-_REFORMATTED, _DISTILLED, _ANSWERS = "reformatted", "distilled", "answers_only"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,9 +49,15 @@ class DemoConfig:
     answers_only: bool = False  # also train on answers alone for as many steps: what the chains are worth
 
     def __post_init__(self):
-        for name in ("train_problems", "reformat_problems", "heldout_problems", "samples"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; expected 1 or more")
+        if self.samples < 1:
+            raise UserError(f"samples is {self.samples}; expected 1 or more")
+        _ = self.material  # which checks the rest
+
+    @property
+    def material(self) -> MaterialConfig:
+        """What the stages before training make."""
+        names = [field.name for field in dataclasses.fields(MaterialConfig) if hasattr(self, field.name)]
+        return MaterialConfig(**{name: getattr(self, name) for name in names})
 
 
 def main(config: DemoConfig) -> dict[str, Any]:
@@ -82,6 +79,7 @@ class Demo:
             )
         manifest.write_config(self.workdir, config)
         self.history = manifest.History(self.workdir)
+        self.material = Material(config.material, self.console)
 
     def run(self) -> dict[str, Any]:
         """All stages; a finished run is only shown again."""
@@ -92,16 +90,16 @@ class Demo:
             Console().print(f"report: {self.workdir / 'report.html'}", soft_wrap=True)
             return summary
         self._say("1  problems, and chains from the teacher")
-        train_file, heldout_file = self._problems()
-        collected = self._collect(train_file)
+        _, heldout_file = self.material.problems()
+        collected = self.material.collect()
         self._say("2  a tokenizer, and a random student")
-        self._student()
+        self.material.student()
         self._say("3  two phases: reformatted solutions, then distilled chains")
         trained = self._train()
         self._say("4  held-out problems before, between and after")
         summaries = self._evaluate(heldout_file)
         self._say("5  Hugging Face export, reloaded")
-        error = export.main(export.ExportConfig(workdir=self.workdir / "export", model=self._phase(_DISTILLED)))
+        error = export.main(export.ExportConfig(workdir=self.workdir / "export", model=self._phase(DISTILLED)))
         assert error is not None, "it is verified"
         return self._report(collected, trained, summaries, error)
 
@@ -110,99 +108,23 @@ class Demo:
         self.console.rule(f"{text}  [dim]{self.history.wall_s:.0f} s", align="left")
 
     def _phase(self, name: str) -> Path:
-        return self.workdir / ("ablation" if name == _ANSWERS else "train") / name
-
-    def _problems(self) -> tuple[Path, Path]:
-        """The training problems, and held-out ones that share no operands with them."""
-        files = {"train": self.config.train_problems, "heldout": self.config.heldout_problems}
-        for split, count in files.items():
-            path = self.workdir / "problems" / f"{split}.jsonl"
-            if not path.exists():
-                records.write_jsonl(path, problems.generate("all", count, self.config.seed, split))  # type: ignore[arg-type]
-        first = self.workdir / "problems" / "reformat.jsonl"
-        if not first.exists():
-            rows = list(records.read_jsonl(self.workdir / "problems" / "train.jsonl", Problem))
-            records.write_jsonl(first, rows[: self.config.reformat_problems])
-        return self.workdir / "problems" / "train.jsonl", self.workdir / "problems" / "heldout.jsonl"
-
-    @contextlib.contextmanager
-    def _teacher(self) -> Iterator[TeacherConfig]:
-        """The API to ask: a local server that misbehaves at known rates, or a real one."""
-        if self.config.teacher is not None:
-            calls = self.config.train_problems + self.config.reformat_problems
-            self.console.print(
-                f"asking {self.config.teacher} at {self.config.base_url}: {calls} calls of at most "
-                f"{self.config.max_tokens} output tokens each, at the provider's price and under its terms"
-            )
-            yield TeacherConfig(
-                base_url=self.config.base_url, model=self.config.teacher, max_tokens=self.config.max_tokens
-            )
-            return
-        options = TeacherOptions(seed=self.config.seed, faults=_FAULTS, log=self.workdir / "teacher_log.jsonl")
-        with running_teacher(options) as base_url:
-            yield TeacherConfig(base_url=base_url, model="local-teacher", max_tokens=self.config.max_tokens)
-
-    def _collect(self, train_file: Path) -> dict[str, dict[str, int]]:
-        """Asks the teacher for both kinds of text; writes the three sets of examples."""
-        done = self.workdir / "collected.json"
-        if done.is_file():
-            return json.loads(done.read_text())
-        with self._teacher() as teacher:
-            reformatted = reformat.main(
-                reformat.ReformatConfig(
-                    problems=self.workdir / "problems" / "reformat.jsonl",
-                    workdir=self.workdir / _REFORMATTED,
-                    teacher=teacher,
-                    unknown_price=True,  # what is asked for is bounded and was printed
-                )
-            )
-            chains = collect.main(
-                collect.CollectConfig(
-                    problems=train_file, workdir=self.workdir / _DISTILLED, teacher=teacher, unknown_price=True
-                )
-            )
-        rows = records.read_jsonl(self.workdir / _DISTILLED / "chains.jsonl", Chain)
-        records.write_jsonl(self.workdir / _DISTILLED / "examples.jsonl", examples.chains_to_examples(rows))
-        answers = examples.answers_only(records.read_jsonl(train_file, Problem))
-        records.write_jsonl(self.workdir / _ANSWERS / "examples.jsonl", answers)
-        counts = {_REFORMATTED: dict(reformatted), _DISTILLED: dict(chains)}
-        manifest.write_json(done, counts)
-        return counts
-
-    def _student(self) -> None:
-        folder = self.workdir / "student"
-        if (folder / "config.json").is_file():
-            return
-        sets = [self.workdir / name / "examples.jsonl" for name in (_REFORMATTED, _DISTILLED)]
-        texts = (m["content"] for path in sets for row in records.read_jsonl(path, Example) for m in row.messages)
-        partial = folder.with_name("student.partial")
-        student.write(partial, texts, self.config.seed)
-        longest = self._longest(partial, sets)
-        manifest.write_json(partial / "longest.json", longest)
-        partial.rename(folder)
-
-    def _longest(self, folder: Path, sets: list[Path]) -> int:
-        """Tokens of the longest example that the student has positions for; longer ones are dropped with a receipt."""
-        tokenizer, limit = chat.load_tokenizer(folder), student.POSITIONS
-        rows = (row for path in sets for row in records.read_jsonl(path, Example))
-        return max((n for row in rows if (n := len(chat.tokenize(tokenizer, row).tokens)) <= limit), default=limit)
+        return self.workdir / ("ablation" if name == ANSWERS else "train") / name
 
     def _row_tokens(self) -> int:
         """Two of the longest chains a row, as far as the student has positions."""
-        longest = json.loads((self.workdir / "student" / "longest.json").read_text())
-        return self.config.row_tokens or min(2 * longest, student.POSITIONS)
+        return self.config.row_tokens or min(2 * self.material.longest(), student.POSITIONS)
 
     def _train(self) -> dict[str, Any]:
         """The paper's two phases; with `answers_only` also the ablation, for as many steps as both together."""
         config = self.config
         both = (
-            self._phase_config(_REFORMATTED, epochs=config.reformatted_epochs),
-            self._phase_config(_DISTILLED, epochs=config.distilled_epochs),
+            self._phase_config(REFORMATTED, epochs=config.reformatted_epochs),
+            self._phase_config(DISTILLED, epochs=config.distilled_epochs),
         )
         done = train.main(self._train_config("train", both))
         if config.answers_only:
             steps = sum(phase["steps"] for phase in done.values())
-            alone = self._phase_config(_ANSWERS, steps=steps)
+            alone = self._phase_config(ANSWERS, steps=steps)
             done |= train.main(self._train_config("ablation", (alone,)))
         return done
 
@@ -228,11 +150,11 @@ class Demo:
         """Every stage's model on the same problems with the same seeds."""
         models = {
             "base": self.workdir / "student",
-            "phase1": self._phase(_REFORMATTED),
-            "phase2": self._phase(_DISTILLED),
+            "phase1": self._phase(REFORMATTED),
+            "phase2": self._phase(DISTILLED),
         }
         if self.config.answers_only:
-            models[_ANSWERS] = self._phase(_ANSWERS)
+            models[ANSWERS] = self._phase(ANSWERS)
         return {
             name: summary
             for name, model in models.items()
@@ -257,8 +179,7 @@ class Demo:
         tokenizer = chat.load_tokenizer(self.workdir / "student")
         problems = records.read_jsonl(heldout_file, Problem)
         prompts = [chat.prompt_tokens(tokenizer, [{"role": "user", "content": p.problem}]) for p in problems]
-        longest = json.loads((self.workdir / "student" / "longest.json").read_text())
-        return min(longest, student.POSITIONS - max(map(len, prompts)))
+        return min(self.material.longest(), student.POSITIONS - max(map(len, prompts)))
 
     def _report(
         self,
@@ -275,7 +196,7 @@ class Demo:
             "interval": {name: [s.accuracy.low, s.accuracy.high] for name, s in summaries.items()},
             "average_tokens": {name: s.tokens.average for name, s in summaries.items()},
             "maj_at_k": {name: {"k": k, "value": s.maj_at[k].value} for name, s in summaries.items()},
-            "collected": {name: collected[_DISTILLED][name] for name in ("verified", "wrong", "truncated", "failed")},
+            "collected": {name: collected[DISTILLED][name] for name in ("verified", "wrong", "truncated", "failed")},
             "export_max_logit_error": error,
             "wall_s": round(wall_s, 1),
             "commit": ", ".join(self.history.commits),
@@ -303,7 +224,7 @@ class Demo:
     def _page(
         self, collected: Mapping[str, dict[str, int]], summaries: Mapping[str, Summary], wall_s: float
     ) -> page.Page:
-        folders = {"phase1": self._phase(_REFORMATTED), "phase2": self._phase(_DISTILLED)}
+        folders = {"phase1": self._phase(REFORMATTED), "phase2": self._phase(DISTILLED)}
         rows = {name: metrics.read(folder) for name, folder in folders.items()}
         found = lineage.trace([self.workdir])
         return page.Page(
@@ -316,7 +237,7 @@ class Demo:
                 "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
                 **manifest.versions(),
             },
-            collected=collected[_DISTILLED],
+            collected=collected[DISTILLED],
             stages=tuple(page.Stage(name=name, summary=summary) for name, summary in summaries.items()),
             losses=plots.curves(rows, "loss"),
             heldout=plots.curves(rows, "heldout_loss"),

@@ -59,20 +59,16 @@ _TPUS = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LaunchConfig:
-    """One run, wherever it is to start. What a target does not use is ignored by it."""
+class Job:
+    """What a job is to have, whatever it runs. What a target does not use is ignored by it."""
 
-    target: Target
-    recipe: Path  # of `jaxdistill train`, a path that holds on the machines that run it
     nodes: int = 1  # hosts; of TPUs all hosts of all slices
     hardware: str = "h100x8"  # of one node (h100x8), or of one TPU slice (v5p-512, v5p:4x8x8); cpu for none
     name: str = ""  # of the job; by default the recipe's
-    arguments: str = ""  # after the recipe on its command line: --arguments="--mesh.fsdp 8", with the =
     setup: str = ""  # shell command before it on every host, such as "source .venv/bin/activate"
     hours: float = 24.0  # limit of one start; a requeued run has them again (slurm)
     grace_s: int = 300  # seconds between SIGTERM and the end, in which a checkpoint is saved
     max_restarts: int = 100  # after failures; a mistake in the input (exit code 2) is never started again
-    workdir: Path = Path("runs/launch")  # folder that the file is written to
     partition: str = ""  # of the cluster (slurm)
     account: str = ""  # that pays (slurm)
     image: str = ""  # container with jaxdistill installed (jobset, xpk)
@@ -83,13 +79,40 @@ class LaunchConfig:
     spot: bool = False  # cheaper machines that may be taken away (tpu-vm, xpk, skypilot)
 
     def __post_init__(self) -> None:
-        if not self.recipe.is_file():
-            raise UserError(f"{self.recipe}: no such recipe; expected a .py file with a function config()")
         if self.nodes < 1 or self.max_restarts < 0 or self.grace_s < 1 or not self.hours > 0:
             raise UserError(
                 f"nodes is {self.nodes}, hours {self.hours}, grace_s {self.grace_s}, max_restarts {self.max_restarts}; "
                 "expected 1 or more, more than 0, 1 or more, 0 or more"
             )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Array:
+    """Runs of a sweep as one job of many tasks: one process each, with all devices of one node."""
+
+    words: tuple[str, ...]  # of the command line of a task, to which `--run NAME` is added
+    runs: tuple[str, ...]  # their names
+    at_once: int = 0  # most tasks at a time; 0: as many as there is room for
+
+    @property
+    def command(self) -> str:
+        """What a task runs, once the shell variable `run` holds its name."""
+        return f'{shlex.join(self.words)} --run "$run"'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LaunchConfig(Job):
+    """One run, wherever it is to start."""
+
+    target: Target
+    recipe: Path  # of `jaxdistill train`, a path that holds on the machines that run it
+    arguments: str = ""  # after the recipe on its command line: --arguments="--mesh.fsdp 8", with the =
+    workdir: Path = Path("runs/launch")  # folder that the file is written to
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.recipe.is_file():
+            raise UserError(f"{self.recipe}: no such recipe; expected a .py file with a function config()")
         if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", self.job):
             raise UserError(f"name is {self.job!r}; expected up to 40 of a-z, 0-9 and -, beginning with a letter")
         needed = {"jobset": ("image",), "xpk": ("image", "cluster"), "tpu-vm": ("zone",)}.get(self.target, ())
@@ -171,12 +194,21 @@ def machines(config: LaunchConfig) -> Machines:
     return Machines(chip=found, slices=slices, hosts=hosts, chips_per_host=found.chips // hosts)
 
 
-def render(config: LaunchConfig) -> str:
+def render(config: LaunchConfig, array: Array | None = None) -> str:
     """The text of the target's file.
 
+    Args:
+      array: runs of a sweep, in place of one run of `jaxdistill train`; slurm and jobset can start them.
+
     Raises:
-      UserError: as `machines` and `LaunchConfig.command`.
+      UserError: as `machines` and `LaunchConfig.command`, or the target or a task's machine is none for an array.
     """
+    found = machines(config)
+    if array and (config.target not in ("slurm", "jobset") or found.slices * found.hosts > 1):
+        raise UserError(
+            f"target is {config.target}, on {found.slices * found.hosts} hosts; runs of a sweep are one process each, "
+            "with the devices of one host: expected slurm or jobset, and hardware of one host"
+        )
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         undefined=jinja2.StrictUndefined,
@@ -185,14 +217,19 @@ def render(config: LaunchConfig) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["quote"] = lambda value: shlex.quote(str(value))
-    values: dict[str, Any] = {"config": config, "machines": machines(config), "port": PORT}
+    command = array.command if array else config.command
+    values: dict[str, Any] = {"config": config, "command": command, "array": array, "machines": found, "port": PORT}
     codes = {"mistake": MISTAKE, "preempted": PREEMPTED}
     return environment.get_template(f"{_FILES[config.target].name}.jinja").render(**values, **codes)
 
 
 def main(config: LaunchConfig) -> Path:
-    """Writes the file, says how to use it, and returns its path."""
-    text = render(config)
+    """Writes the target's file."""
+    return write(config, render(config))
+
+
+def write(config: LaunchConfig, text: str) -> Path:
+    """Writes what `render` gave, says how to use it, and returns its path."""
     file = _FILES[config.target]
     path = config.workdir / file.name
     path.parent.mkdir(parents=True, exist_ok=True)

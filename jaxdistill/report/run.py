@@ -8,14 +8,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from jaxdistill import lineage, manifest, metrics
+from jaxdistill import lineage, manifest, metrics, publish
 from jaxdistill.errors import UserError
 from jaxdistill.evaluate import tasks
 from jaxdistill.evaluate.grade import Summary
 from jaxdistill.evaluate.results import read_completions
 from jaxdistill.lineage import Lineage, Stage
 from jaxdistill.records import from_dict, whole_file
-from jaxdistill.report import page, plots
+from jaxdistill.report import dataset, page, plots
 from jaxdistill.report.answers import Entry
 from jaxdistill.train import goodput
 from jaxdistill.transparency import index
@@ -29,10 +29,15 @@ class ReportConfig:
     runs: tuple[Path, ...]  # folders of stages, or folders that hold some
     output: Path | None = None  # folder for the report; by default `report` in the first run folder
     problems: int = 8  # shown with what every model answered
+    push_to_hub: str = ""  # OWNER/NAME of a data set, and of a model if one was exported, on the Hugging Face hub
+    public: bool = False  # let everyone see them there; private by default
+    dry_run: bool = False  # of the upload: list its files alone
 
     def __post_init__(self) -> None:
         if not self.runs:
             raise UserError("no run folder was given; expected one or more: jaxdistill report RUN...")
+        if self.push_to_hub:
+            publish.check(self.push_to_hub, self.dry_run)
 
     @property
     def workdir(self) -> Path:
@@ -44,7 +49,8 @@ def main(config: ReportConfig) -> page.Page:
     """Writes report.html, and transparency.yaml for a person to answer what is open.
 
     Raises:
-      UserError: as `jaxdistill.lineage.trace`.
+      UserError: as `jaxdistill.lineage.trace`; as `dataset.uploads` and `publish.push`.
+      RunError: as `publish.push`.
     """
     found = lineage.trace(config.runs)
     name = config.runs[0].resolve().name
@@ -58,6 +64,9 @@ def main(config: ReportConfig) -> page.Page:
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"transparency: {shown.transparency.score.total} of 100, open answers in transparency.yaml beside it")
     console.print(f"report: {path}")
+    if config.push_to_hub:
+        for upload in dataset.uploads(found, config.push_to_hub, config.workdir):
+            publish.push(upload, config.public, config.dry_run)
     return shown
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hub_server import TOKEN, running_hub
 from huggingface_hub import ModelCard
 
 from jaxdistill.local_teacher.server import TeacherOptions, running_teacher
@@ -94,6 +95,29 @@ def test_report_and_score_of_a_demo_reach_back_to_its_problems(run: Path, tmp_pa
     assert changed.answers["pipeline"].verdict == "open"
     assert "examples.jsonl, which is changed" in changed.answers["pipeline"].reason
     assert changed.answers["search_algorithm"].verdict == "open"
+
+
+def test_a_report_is_pushed_with_its_data_set_and_model(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, output = tmp_path / "home", tmp_path / "report"
+    for name, value in {"HF_TOKEN": TOKEN, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with running_hub() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        done = jaxdistill("report", str(run), "--output", str(output), "--push-to-hub", "me/demo")
+    assert done.returncode == 0, done.stderr[-3000:]
+    data, model = hub.files["dataset", "me/demo"], hub.files["model", "me/demo"]
+    assert set(hub.private.values()) == {True}
+    for name in ("reformatted", "distilled", "answers_only"):
+        assert data[f"data/{name}.jsonl"] == (run / name / "examples.jsonl").read_bytes()
+    assert data["report.html"] == (output / "report.html").read_bytes()
+    assert "local-teacher" in data["README.md"].decode()
+    assert model["model.safetensors"] == (run / "export" / "model.safetensors").read_bytes()
+    assert {"README.md", "config.json", "tokenizer.json", "generation_config.json"} <= model.keys()
+    written = [path for folder in (home, output) for path in folder.rglob("*") if path.is_file()]
+    assert not [path for path in written if TOKEN.encode() in path.read_bytes()]
+    assert TOKEN not in done.stdout + done.stderr + "".join(map(repr, (*data.values(), *model.values())))
 
 
 def test_the_exports_card_says_what_it_was_trained_on(run: Path) -> None:

@@ -25,6 +25,7 @@ ARRAYS = (
     ("errors", "records", "manifest", "progress", "html", "plots", "thinking"),
     ("chips", "sharding", "tracking", "metrics", "rounding", "runtime", "weights", "integrity"),
     ("compiler", "models", "loss", "optim", "optim_state", "data"),
+    ("publish",),
     ("hf_tensors", "hf", "lora", "checkpoint_store", "checkpoint", "checkpoint_tensors", "import_model"),
     ("sample",),
     ("serve", "export", "export_check"),
@@ -33,6 +34,7 @@ ARRAYS = (
     ("plan", "doctor"),
     ("report", "launch"),
     ("demo",),
+    ("sweep",),
     ("cli",),
 )
 TEXT_MODULES = frozenset(module for layer in TEXT for module in layer)

@@ -1,0 +1,1 @@
+"""Grids of runs, the table of what came out, and the laws fitted to it."""
