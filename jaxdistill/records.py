@@ -1,4 +1,4 @@
-"""The rows that stages exchange on disk, as JSON Lines. Bump SCHEMA when a field changes its meaning."""
+"""The rows that stages exchange on disk: JSON Lines, or Parquet. Bump SCHEMA when a field changes its meaning."""
 
 import contextlib
 import dataclasses
@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Literal, TypeVar
 
+from jaxdistill import parquet
 from jaxdistill.errors import UserError
 
 SCHEMA = 1
@@ -115,7 +116,7 @@ Row = TypeVar("Row")
 
 
 def read_jsonl(path: str | os.PathLike[str], row_type: type[Row]) -> Iterator[Row]:
-    """Yields the rows of a JSON Lines file.
+    """Yields the rows of a JSON Lines file, or of a Parquet file if its name ends with .parquet.
 
     Unknown keys are an error: a typing mistake in an optional key would be lost without a word.
 
@@ -141,6 +142,8 @@ def read_json_objects(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[
 def read_json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """Yields (line number from 1, object, or what is wrong with it) for each non-empty line of a file.
 
+    Of a file whose name ends with .parquet: the number of each row from 1, and the row.
+
     Raises:
       UserError: the file is missing.
     """
@@ -148,6 +151,9 @@ def read_json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[st
     if not path.is_file():
         found = "is a folder" if path.is_dir() else "no such file"
         raise UserError(f"{path}: {found}; expected a JSON Lines file")
+    if path.suffix == parquet.SUFFIX:
+        yield from parquet.read(path)
+        return
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():

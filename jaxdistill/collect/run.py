@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
+from jaxdistill import parquet
 from jaxdistill.collect import viewer
 from jaxdistill.collect.board import dollars
 from jaxdistill.collect.calls import Call, Judged, Receipt, read_problems
@@ -35,6 +36,7 @@ class CollectConfig(RunConfig):
     samples_per_problem: int = 1  # chains asked for each problem, at most
     until_verified: int | None = None  # stop asking about a problem after so many verified chains; None asks for all
     method: Literal["direct", "journey", "debate"] = "direct"  # one call a chain, or a dialogue (collect/dialogues.py)
+    chains_format: Literal["jsonl", "parquet"] = "jsonl"  # of the verified chains; Parquet needs jaxdistill[parquet]
     attempts: int = 3  # solutions of each dialogue, at most; it takes up to 2 * attempts - 1 calls
 
     def __post_init__(self) -> None:
@@ -69,11 +71,14 @@ def main(config: CollectConfig) -> Mapping[str, int]:
     sampling = _plan(config, answerable, teacher, system, prompt_name)
     if isinstance(sampling, Dialogues):
         prompt_name, prompt = sampling.prompt_name, sampling.prompt_text
+    if config.chains_format == "parquet":
+        parquet.check_installed("--chains-format parquet")
     if config.dry_run:
         print(estimate(teacher, config, sampling))
         return {}
+    path = config.workdir / f"chains.{config.chains_format}"
     with answered("collect", teacher, sampling, config) as (ledger, account, ended):
-        kept = write_jsonl(config.workdir / "chains.jsonl", _chains(teacher, sampling, ledger))
+        kept = _write(path, _chains(teacher, sampling, ledger))
         facts = [config.teacher.model, prompt_name or "no prompt", dollars(account), teacher.prices.describe()]
         viewer.write(config.workdir / "chains.html", config.problems.stem, facts, sampling.in_order(), ledger)
     dropped = [*_unanswerable(problems), *_receipts(sampling)]
@@ -96,8 +101,17 @@ def main(config: CollectConfig) -> Mapping[str, int]:
         ({"problem_id": name, "verified": v, "judged": n} for name, (v, n) in pass_rates(sampling.in_order()).items()),
     )
     drops = [receipt.detail for receipt in dropped]
-    conclude("collect", config.workdir / "chains.jsonl", counts, sampling.in_order(), drops, account, ended)
+    conclude("collect", path, counts, sampling.in_order(), drops, account, ended)
     return counts
+
+
+def _write(path: Path, chains: Iterator[Chain]) -> int:
+    """Writes the chains and returns their number; those of an earlier run in the other format are gone."""
+    if path.suffix == parquet.SUFFIX:
+        path.with_suffix(".jsonl").unlink(missing_ok=True)
+        return parquet.write(path, chains, Chain)
+    path.with_suffix(parquet.SUFFIX).unlink(missing_ok=True)
+    return write_jsonl(path, chains)
 
 
 def _plan(
