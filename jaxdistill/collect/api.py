@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import email.utils
+import itertools
 import json
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -22,6 +23,7 @@ _STOPS = {  # no request of the run can succeed
 }
 _PERMANENT = frozenset({400, 413, 415, 422})  # it is the request itself that is refused
 _NO_QUOTA = frozenset({"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"})
+_POOL = 16  # connections of one pool, which looks through all of its own for each request
 _UNSENT = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout)
 
 
@@ -65,16 +67,22 @@ class Api:
         self.config = config
         self._key = read_key(config)
         headers = {"authorization": f"Bearer {self._key}"} if self._key else {}
-        self._http = httpx2.AsyncClient(
-            headers=headers,
-            timeout=httpx2.Timeout(config.timeout_s, connect=min(config.timeout_s, 30.0)),
-            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=connections, keepalive_expiry=4.0),
-        )
+        self._clients = [
+            httpx2.AsyncClient(
+                headers=headers,
+                timeout=httpx2.Timeout(config.timeout_s, connect=min(config.timeout_s, 30.0)),
+                limits=httpx2.Limits(max_connections=None, max_keepalive_connections=2 * _POOL, keepalive_expiry=4.0),
+                verify=certificates,
+            )
+            for certificates in [httpx2.create_ssl_context()] * -(-connections // _POOL)
+        ]
+        self._turns = itertools.cycle(self._clients)
         self._url = config.base_url.rstrip("/")
 
     async def close(self) -> None:
         """Closes the connections."""
-        await self._http.aclose()
+        for client in self._clients:
+            await client.aclose()
 
     async def call(self, method: str, path: str, body: Any = None, **options: Any) -> Reply | Again:
         """One call; `Again` where no answer came.
@@ -86,7 +94,7 @@ class Api:
         headers = {"content-type": "application/json"} if content else {}
         sent = time.time()
         try:
-            got = await self._http.request(method, self._url + path, headers=headers, **content, **options)
+            got = await next(self._turns).request(method, self._url + path, headers=headers, **content, **options)
         except httpx2.DecodingError as error:
             return Again(detail=f"an answer that cannot be decoded: {self.excerpt(str(error).encode())}", lost=True)
         except httpx2.TransportError as error:  # time-outs too
