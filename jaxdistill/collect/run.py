@@ -9,7 +9,7 @@ from typing import Literal
 from jaxdistill import parquet
 from jaxdistill.collect import viewer
 from jaxdistill.collect.board import dollars
-from jaxdistill.collect.calls import Call, Judged, Receipt, read_problems
+from jaxdistill.collect.calls import Call, Judged, Receipt
 from jaxdistill.collect.campaign import answered
 from jaxdistill.collect.config import RunConfig, ready
 from jaxdistill.collect.dialogues import Dialogues
@@ -24,7 +24,7 @@ from jaxdistill.collect.sampling import Plan, Sampling, pass_rates
 from jaxdistill.collect.teacher import Teacher
 from jaxdistill.errors import UserError
 from jaxdistill.manifest import write_manifest
-from jaxdistill.records import Chain, Message, Problem, write_jsonl
+from jaxdistill.records import Chain, Message, Problem, read_problems, write_jsonl
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ def main(config: CollectConfig) -> Mapping[str, int]:
       UserError: problems, prompt, key, price or URL are not usable, or the API refuses the key or the model.
       RunError: as `conclude`; all files are written.
     """
-    problems = read_problems(config.problems)
+    problems = read_problems(config.problems, answers=False)
     prompt = read_prompt(config.prompt, COLLECT_PROMPTS) if config.prompt else ""
     teacher = ready(config)
     system: tuple[Message, ...] = ({"role": "system", "content": prompt},) if prompt else ()
