@@ -1,11 +1,13 @@
 """Requests per second and CPU time per request: `jaxdistill collect` with its ledger against bare `openai` SDK calls.
 
-    python benchmarks/collect.py [--requests 4000] [--in-flight 256] [--workers 1 2 4] [--rounds 3]
+    python benchmarks/collect.py [--requests 4000] [--in-flight 256] [--workers 1 2 4] [--rounds 3] [--write]
 
 Both ask the same local teacher, a process of its own that shares the cores, in turn. The bare calls keep nothing and
 judge nothing. Collection commits every request and answer to SQLite and verifies every answer; its rate is taken from
 the first request sent to the last answer received, and its CPU time is that of all its processes, less that of a second
-call with nothing left to ask (which verifies the answers again, so that verification is not in the figure).
+call with nothing left to ask (which verifies the answers again, so that verification is not in the figure). All
+processes of a command share one ledger and one budget: after each run the ledger must hold every answer once, and its
+account the sum of what they cost. `--write` writes benchmarks/results/collect.md; run it on an idle machine.
 """
 
 import argparse
@@ -25,6 +27,7 @@ from pathlib import Path
 from jaxdistill.local_teacher.app import TeacherOptions
 from jaxdistill.local_teacher.problems import generate
 from jaxdistill.local_teacher.server import running_teacher
+from jaxdistill.manifest import commit
 from jaxdistill.records import Problem, read_jsonl, write_jsonl
 
 
@@ -75,7 +78,7 @@ def measure_collect(base_url: str, problems: Path, count: int, in_flight: int, w
     with tempfile.TemporaryDirectory(prefix="jaxdistill-benchmark-") as folder:
         words = [f"--problems={problems}", f"--workdir={folder}/run", "--prompt=", f"--workers={workers}"]
         words += [f"--teacher.base-url={base_url}", "--teacher.max-tokens=400", "--teacher.profile=local"]
-        words += [f"--teacher.in-flight={max(1, in_flight // workers)}"]
+        words += [f"--teacher.in-flight={max(1, in_flight // workers)}", "--budget-usd=1000"]
         command = [sys.executable, "-m", "jaxdistill", "collect", *words]
         cpu_s = []
         for _ in range(2):
@@ -84,7 +87,14 @@ def measure_collect(base_url: str, problems: Path, count: int, in_flight: int, w
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
             cpu_s.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         with contextlib.closing(sqlite3.connect(Path(folder, "run", "ledger.sqlite"))) as database:
-            sent, received = database.execute("SELECT min(sent), max(received) FROM responses").fetchone()
+            answers, cost, sent, received = database.execute(
+                "SELECT count(*), sum(nano), min(sent), max(received) FROM responses"
+            ).fetchone()
+            account = database.execute(
+                "SELECT spent_nano, reserved_nano, lost_nano, (SELECT sum(attempts) FROM requests) FROM account"
+            ).fetchone()
+        if (answers, *account) != (count, cost, 0, 0, count):
+            raise SystemExit(f"{answers} answers that cost {cost}, of {count} requests: the account says {account}")
     name = f"collect, {workers} {'process' if workers == 1 else 'processes'}"
     return Measured(name, count / (received - sent), 1000 * (cpu_s[0] - cpu_s[1]) / count)
 
@@ -96,6 +106,7 @@ def main() -> None:
     parser.add_argument("--in-flight", type=int, default=256)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--write", action="store_true", help="write the table to benchmarks/results/collect.md")
     parser.add_argument("--bare", help=argparse.SUPPRESS)
     parser.add_argument("--problems", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -115,11 +126,26 @@ def main() -> None:
             for row in found:
                 if row.name not in best or row.requests_per_s > best[row.name].requests_per_s:
                     best[row.name] = row
-    reference = next(iter(best.values()))
-    print(f"{count} requests, {arguments.in_flight} in flight, {os.cpu_count()} cores, the teacher's process included")
-    for row in best.values():
-        ratio = row.requests_per_s / reference.requests_per_s
-        print(f"{row.name:24} {row.requests_per_s:7.0f} requests/s  {row.cpu_ms:6.2f} ms CPU/request  {ratio:5.2f}x")
+    text = table(list(best.values()), count, arguments.in_flight)
+    print(text)
+    if arguments.write:
+        path = Path(__file__).with_name("results") / "collect.md"
+        how = f"`python benchmarks/collect.py` at commit {commit()}, load {os.getloadavg()[0]:.1f} at the end"
+        path.write_text(f"# Collection, measured\n\n{how}; the best of {arguments.rounds} rounds.\n\n{text}\n")
+
+
+def table(rows: list[Measured], count: int, in_flight: int) -> str:
+    """What was measured, each beside the first row."""
+    lines = [
+        f"{count:,} requests, {in_flight} in flight, {os.cpu_count()} cores, which the teacher's process shares.",
+        "",
+        "| way | requests/s | CPU ms/request | times the bare SDK |",
+        "|---|---|---|---|",
+    ]
+    for row in rows:
+        ratio = row.requests_per_s / rows[0].requests_per_s
+        lines.append(f"| {row.name} | {row.requests_per_s:.0f} | {row.cpu_ms:.2f} | {ratio:.2f} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -303,8 +303,8 @@ def _report(shared: Path) -> Iterator[str]:
     said, wrongly = (sum(RULES["incomplete"](one) is not None for one in some) for some in (cut, whole))
     yield (
         f"`incomplete` finds {_of((said, len(cut)))} statements cut off in the middle and flags "
-        f"{_of((wrongly, len(whole)))} whole ones. Whole sentences that mean nothing, which the label says of 3 rows, "
-        "it cannot find."
+        f"{_of((wrongly, len(whole)))} whole ones. Of whole sentences that mean nothing, which the label says of 3 "
+        "rows, it finds those about points that nothing introduces."
     )
     marked, flagged = contamination(shared)
     others = flagged - marked

@@ -1,6 +1,8 @@
 """`jaxdistill COMMAND [RECIPE.py] [--field.sub value ...]`: the commands, and how a recipe becomes a config."""
 
+import collections.abc
 import contextlib
+import dataclasses
 import errno
 import functools
 import importlib
@@ -8,6 +10,8 @@ import runpy
 import sys
 import time
 import traceback
+import types
+import typing
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
@@ -99,14 +103,19 @@ def load(command: Command, arguments: list[str], name: str) -> Any:
       UserError: there is no such recipe, it fails, or it does not return this command's configuration.
     """
     kind = getattr(importlib.import_module(command.module), command.config)
+    arguments = together(arguments, kind)
     program = f"jaxdistill {name}"
     if command.recipe is None:
         return tyro.cli(kind, args=arguments, prog=program, config=(tyro.conf.PositionalRequiredArgs,))
     if not arguments or arguments[0].startswith("-"):
         return tyro.cli(kind, args=arguments, prog=program)
     path, *overrides = arguments
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such recipe; expected a .py file with a function config(), as in configs/")
+    if not Path(path).is_file() or Path(path).suffix != ".py":
+        found = "no recipe" if Path(path).exists() else "no such recipe"
+        raise UserError(
+            f"{path}: {found}; expected a .py file with a function config(), as in configs/, or options alone: "
+            f"`{program} --help` lists them"
+        )
     default = _run_recipe(path)
     wanted = get_type_hints(kind)[command.recipe] if command.recipe else kind
     if not isinstance(default, wanted):
@@ -119,13 +128,15 @@ def load(command: Command, arguments: list[str], name: str) -> Any:
     return tyro.cli(kind, default=default, args=overrides, prog=f"{program} {path}", config=flags)
 
 
-def together(arguments: list[str]) -> list[str]:
+def together(arguments: list[str], config: Any) -> list[str]:
     """An option that is given again gives more values: `--model A --model B` is `--model A B`.
 
-    argparse would take the last alone without a word; where one value is expected, two are refused this way.
+    Raises:
+      UserError: it takes one value; argparse would take the last alone without a word.
     """
     names = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
-    if len(set(names)) == len(names):
+    repeated = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    if not repeated:
         return arguments
     first: list[str] = []
     options: dict[str, list[str]] = {}
@@ -137,7 +148,27 @@ def together(arguments: list[str]) -> list[str]:
         name, given, value = argument.partition("=")
         values = options.setdefault(name, [])
         values += [value] if given else []
+    for name in repeated:
+        if len(options[name]) > 1 and not _takes_many(config, name.removeprefix("--").split(".")):
+            given = " and ".join(options[name])
+            raise UserError(f"{name} is given {names.count(name)} times, {given}; it takes one value: leave one")
     return first + [word for name, values in options.items() for word in (name, *values)]
+
+
+def _takes_many(kind: Any, path: list[str]) -> bool:
+    """Whether an option, by its dotted path in a configuration, takes more than one value; unknown ones do."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        return any(_takes_many(part, path) for part in parts if part is not type(None))
+    if origin in (tuple, list, collections.abc.Mapping):
+        return not path or not path[0].isdigit() or _takes_many(parts[0], path[1:])
+    if not path:
+        return False
+    if not dataclasses.is_dataclass(kind):
+        return True
+    hints = get_type_hints(kind)
+    name = path[0].replace("-", "_")
+    return name not in hints or _takes_many(hints[name], path[1:])
 
 
 def _run_recipe(path: str) -> Any:
@@ -170,7 +201,7 @@ def main(arguments: list[str] | None = None) -> None:
         if name not in COMMANDS:
             raise UserError(f"no command {name!r}; expected one of {', '.join(group or COMMANDS)}")
         command = COMMANDS[name]
-        config = load(command, together(rest), name)
+        config = load(command, rest, name)
         if command.uses_devices:
             from jaxdistill import runtime  # imports jax, which the other commands do without
 

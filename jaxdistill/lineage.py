@@ -97,7 +97,11 @@ class Lineage:
             for i in stage.inputs:
                 if i.found != "same":
                     found.append(f"{where} read {i.recorded}, which is {i.found}")
-                elif i.maker is None and stage.command in ("train", "examples") and i.path.suffix == ".jsonl":
+                elif (
+                    i.maker is None
+                    and stage.command in ("train", "examples")
+                    and i.path.suffix in (".jsonl", ".parquet")
+                ):
                     found.append(f"{where} read {i.recorded}, which no stage wrote")
         return found
 

@@ -1,4 +1,4 @@
-"""The rows that stages exchange on disk, as JSON Lines. Bump SCHEMA when a field changes its meaning."""
+"""The rows that stages exchange on disk: JSON Lines, or Parquet. Bump SCHEMA when a field changes its meaning."""
 
 import contextlib
 import dataclasses
@@ -6,10 +6,11 @@ import json
 import os
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Literal, TypeVar
 
+from jaxdistill import parquet
 from jaxdistill.errors import UserError
 
 SCHEMA = 1
@@ -115,7 +116,7 @@ Row = TypeVar("Row")
 
 
 def read_jsonl(path: str | os.PathLike[str], row_type: type[Row]) -> Iterator[Row]:
-    """Yields the rows of a JSON Lines file.
+    """Yields the rows of a JSON Lines file, or of a Parquet file if its name ends with .parquet.
 
     Unknown keys are an error: a typing mistake in an optional key would be lost without a word.
 
@@ -124,6 +125,50 @@ def read_jsonl(path: str | os.PathLike[str], row_type: type[Row]) -> Iterator[Ro
     """
     for number, values in read_json_objects(path):
         yield from_dict(values, row_type, where=f"{path}:{number}")
+
+
+Convert = Callable[[int, dict[str, Any]], dict[str, Any]]  # line number and upstream row -> fields of a Problem
+
+
+def read_problems(
+    path: Path,
+    *,
+    licence: str = "",
+    extra: Iterable[str] = (),
+    convert: Convert | None = None,
+    answers: bool = True,
+) -> list[Problem]:
+    """Reads Problem rows that all have an answer and an id of their own; keys in `extra` move to `meta`.
+
+    Args:
+      convert: for files in the benchmark's own shape.
+      answers: whether each row needs an answer.
+
+    Raises:
+      UserError: the file is missing, empty or malformed, or rows lack an answer or share an id; names the lines.
+    """
+    problems: list[Problem] = []
+    lines: dict[str, int] = {}
+    mistakes: list[str] = []
+    for number, values in read_json_objects(path):
+        values = convert(number, values) if convert else values
+        moved = {key: values.pop(key) for key in extra if key in values}
+        problem = from_dict({"licence": licence, **values}, Problem, where=f"{path}:{number}")
+        problem = dataclasses.replace(problem, meta={**problem.meta, **moved})
+        if answers and not (problem.answer or "").strip():
+            mistakes.append(f"line {number} ({problem.id}) has no answer")
+        if problem.id in lines:
+            mistakes.append(f"line {number} repeats the id {problem.id!r} of line {lines[problem.id]}")
+        lines.setdefault(problem.id, number)
+        problems.append(problem)
+    if mistakes:
+        more = f" and {len(mistakes) - 10} more" if len(mistakes) > 10 else ""
+        raise UserError(
+            f"{path}: {'; '.join(mistakes[:10])}{more}; expected {'an answer and ' * answers}an id of its own a row"
+        )
+    if not problems:
+        raise UserError(f"{path}: found no rows, expected one problem a line")
+    return problems
 
 
 def read_json_objects(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -141,6 +186,8 @@ def read_json_objects(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[
 def read_json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """Yields (line number from 1, object, or what is wrong with it) for each non-empty line of a file.
 
+    Of a file whose name ends with .parquet: the number of each row from 1, and the row.
+
     Raises:
       UserError: the file is missing.
     """
@@ -148,6 +195,9 @@ def read_json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[st
     if not path.is_file():
         found = "is a folder" if path.is_dir() else "no such file"
         raise UserError(f"{path}: {found}; expected a JSON Lines file")
+    if path.suffix == parquet.SUFFIX:
+        yield from parquet.read(path)
+        return
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():

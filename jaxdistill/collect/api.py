@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import email.utils
+import itertools
 import json
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -18,9 +19,11 @@ _STOPS = {  # no request of the run can succeed
     401: "the API refuses the key in {key}; set {key} to a valid key",
     402: "the account of the key in {key} is out of credit; add some, then run the same command again",
     404: "the API has no such model or path; check model and base_url",
+    405: "nothing there takes such a request; check base_url, which often ends with /v1",
 }
 _PERMANENT = frozenset({400, 413, 415, 422})  # it is the request itself that is refused
 _NO_QUOTA = frozenset({"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"})
+_POOL = 16  # connections of one pool, which looks through all of its own for each request
 _UNSENT = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout)
 
 
@@ -64,16 +67,22 @@ class Api:
         self.config = config
         self._key = read_key(config)
         headers = {"authorization": f"Bearer {self._key}"} if self._key else {}
-        self._http = httpx2.AsyncClient(
-            headers=headers,
-            timeout=httpx2.Timeout(config.timeout_s, connect=min(config.timeout_s, 30.0)),
-            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=connections, keepalive_expiry=4.0),
-        )
+        self._clients = [
+            httpx2.AsyncClient(
+                headers=headers,
+                timeout=httpx2.Timeout(config.timeout_s, connect=min(config.timeout_s, 30.0)),
+                limits=httpx2.Limits(max_connections=None, max_keepalive_connections=2 * _POOL, keepalive_expiry=4.0),
+                verify=certificates,
+            )
+            for certificates in [httpx2.create_ssl_context()] * -(-connections // _POOL)
+        ]
+        self._turns = itertools.cycle(self._clients)
         self._url = config.base_url.rstrip("/")
 
     async def close(self) -> None:
         """Closes the connections."""
-        await self._http.aclose()
+        for client in self._clients:
+            await client.aclose()
 
     async def call(self, method: str, path: str, body: Any = None, **options: Any) -> Reply | Again:
         """One call; `Again` where no answer came.
@@ -85,7 +94,9 @@ class Api:
         headers = {"content-type": "application/json"} if content else {}
         sent = time.time()
         try:
-            got = await self._http.request(method, self._url + path, headers=headers, **content, **options)
+            got = await next(self._turns).request(method, self._url + path, headers=headers, **content, **options)
+        except httpx2.DecodingError as error:
+            return Again(detail=f"an answer that cannot be decoded: {self.excerpt(str(error).encode())}", lost=True)
         except httpx2.TransportError as error:  # time-outs too
             detail = self.excerpt(str(error).encode())
             unsent = isinstance(error, _UNSENT)
@@ -96,6 +107,9 @@ class Api:
         """What an answer that is no success means."""
         status, code = reply.status, _error_code(reply.body)
         what = f"HTTP {status}: {self.excerpt(reply.body)}"
+        if 300 <= status < 400:
+            place = self.excerpt(reply.headers.get("location", "nowhere").encode())
+            return Stop(f"HTTP {status} from {self._url}: it points to {place}; set base_url to where the API is")
         if status in _STOPS:
             return Stop(f"HTTP {status} from {self._url}: {_STOPS[status].format(key=self.config.api_key_env)}")
         if code in _NO_QUOTA:
@@ -106,8 +120,9 @@ class Api:
         return Failure(detail=what, permanent=status in _PERMANENT)
 
     def excerpt(self, body: bytes) -> str:
-        """The start of a body, for messages."""
-        return self.without_key(body)[:500].decode(errors="replace")  # cut last: half a key is a secret too
+        """The start of a body, for messages: nothing in it moves a terminal's cursor or rings its bell."""
+        text = self.without_key(body)[:500].decode(errors="replace")  # cut last: half a key is a secret too
+        return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
     def without_key(self, text: bytes) -> bytes:
         """The text with the key cut out."""

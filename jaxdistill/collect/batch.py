@@ -5,24 +5,21 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxdistill.collect import batch_ledger
-from jaxdistill.collect.api import Again, Api, Outcome, Reply, Stop, connected
+from jaxdistill.collect.api import Again, Api, Outcome, Reply, connected
+from jaxdistill.collect.batch_api import BatchApi, Refused
 from jaxdistill.collect.batch_ledger import Tracked
 from jaxdistill.collect.booking import Booking
 from jaxdistill.collect.commits import Commits
-from jaxdistill.collect.request import Failure, Response
+from jaxdistill.collect.request import Response
 from jaxdistill.collect.teacher import Teacher
-from jaxdistill.errors import RunError
 
 MOST_REQUESTS, MOST_BYTES = 50_000, 200_000_000  # of a batch, as OpenAI limits it
-_METADATA = "jaxdistill"  # the key under which a batch carries our token
 _ENDED = frozenset({"completed", "expired", "cancelled", "failed"})
-_ENDPOINT = "/v1/chat/completions"
-_TRIES = 20  # of one call about a batch, some minutes in all, until the run gives up
 
 
 class BatchSender:
@@ -32,7 +29,7 @@ class BatchSender:
         self.teacher, self.config, self.commits, self.ledger = teacher, teacher.config, commits, commits.ledger
         self._booking = Booking(teacher, commits)
         self._ended, self._folder = ended, folder
-        self._submits = teacher.transport == "batch"
+        self._submits = teacher.in_batches
 
     async def run(self) -> None:
         """Works until `ended`; batches that are out then are fetched by the next run.
@@ -42,88 +39,68 @@ class BatchSender:
           OSError: the disk is full.
         """
         async with connected(self.config) as api:
-            for batch in await self.commits(batch_ledger.unfinished, self.ledger):
-                if batch.batch_id is None:
-                    await self._adopt(api, batch)
-            while not self._ended():
-                while self._submits and await self._submit_next(api):
-                    pass
+            batches = BatchApi(api)
+            try:
                 for batch in await self.commits(batch_ledger.unfinished, self.ledger):
-                    if batch.batch_id is not None:
-                        await self._fetch(api, batch, batch.batch_id)
-                deadline = time.monotonic() + self.config.poll_s
-                while not self._ended() and time.monotonic() < deadline:
-                    await asyncio.sleep(min(0.1, self.config.poll_s))
+                    if batch.batch_id is None:
+                        await self._adopt(batches, batch)
+                while not self._ended():
+                    while self._submits and await self._submit_next(batches):
+                        pass
+                    for batch in await self.commits(batch_ledger.unfinished, self.ledger):
+                        if batch.batch_id is not None:
+                            await self._fetch(api, batches, batch, batch.batch_id)
+                    deadline = time.monotonic() + self.config.poll_s
+                    while not self._ended() and time.monotonic() < deadline:
+                        await asyncio.sleep(min(0.1, self.config.poll_s))
+            except Refused as error:
+                await self.commits(self.ledger.stop, str(error))
+                while not self._ended():  # what else is under way finishes first
+                    await asyncio.sleep(0.1)
 
-    async def _submit_next(self, api: Api) -> bool:
+    async def _submit_next(self, batches: BatchApi) -> bool:
         """Submits one shard; false if nothing is open or fits."""
         token = uuid.uuid4().hex
         claimed = await self.commits(batch_ledger.plan, self.ledger, token, MOST_REQUESTS, MOST_BYTES)
         if claimed:
-            await self._submit(api, token)
+            await self._submit(batches, token)
         return bool(claimed)
 
-    async def _submit(self, api: Api, token: str) -> None:
+    async def _submit(self, batches: BatchApi, token: str) -> None:
         """Uploads the file of a planned batch and creates the batch."""
         requests = await self.commits(batch_ledger.members, self.ledger, token)
-        content = b"".join(batch_ledger.line(key, _ENDPOINT, request.body) for key, request in requests.items())
-        form = {"files": {"file": (f"{token}.jsonl", content, "application/jsonl")}, "data": {"purpose": "batch"}}
-        uploaded = await self._call(api, "POST", "/files", None, **form)
-        if isinstance(uploaded, Reply):
-            body = {
-                "input_file_id": json.loads(uploaded.body)["id"],
-                "endpoint": _ENDPOINT,
-                "completion_window": "24h",
-                "metadata": {_METADATA: token},
-            }
-            created = await self._call(api, "POST", "/batches", body)
-            if isinstance(created, Reply):
-                await self.commits(batch_ledger.submitted, self.ledger, token, json.loads(created.body)["id"])
-                return
-            uploaded = created
-        reason = uploaded.reason if isinstance(uploaded, Stop) else uploaded.detail
-        for key in requests:  # no batch was made: nothing is out
-            self.commits(self.ledger.retry, key, reason, 0.0, lost=False, tried=False)
-        await self.commits(batch_ledger.finished, self.ledger, token)
-        await self.commits(self.ledger.stop, f"the provider takes no batch: {reason}")
+        endpoint = batch_ledger.endpoint(next(iter(requests.values())).body)
+        content = b"".join(batch_ledger.line(key, request.body) for key, request in requests.items())
+        try:
+            batch_id = await batches.create(token, await batches.upload(token, content), endpoint)
+        except Refused as error:
+            for key in requests:  # no batch was made: nothing is out
+                self.commits(self.ledger.retry, key, str(error), 0.0, lost=False, tried=False)
+            await self.commits(batch_ledger.finished, self.ledger, token)
+            await self.commits(self.ledger.stop, f"the provider takes no batch: {error}")
+        else:
+            await self.commits(batch_ledger.submitted, self.ledger, token, batch_id)
 
-    async def _adopt(self, api: Api, batch: Tracked) -> None:
+    async def _adopt(self, batches: BatchApi, batch: Tracked) -> None:
         """A batch whose submission a crash cut off: found by its metadata, or submitted now."""
-        after = ""
-        while True:
-            page = await self._call(api, "GET", f"/batches?limit=100{after}", None)
-            if not isinstance(page, Reply):
-                reason = page.reason if isinstance(page, Stop) else page.detail
-                await self.commits(self.ledger.stop, reason)
-                return
-            listing = json.loads(page.body)
-            for found in listing["data"]:
-                if (found.get("metadata") or {}).get(_METADATA) == batch.token:
-                    await self.commits(batch_ledger.submitted, self.ledger, batch.token, found["id"])
-                    return
-            if not listing.get("has_more"):
-                break
-            after = f"&after={listing['data'][-1]['id']}"
-        await self._submit(api, batch.token)
+        if (batch_id := await batches.find(batch.token)) is None:
+            await self._submit(batches, batch.token)
+        else:
+            await self.commits(batch_ledger.submitted, self.ledger, batch.token, batch_id)
 
-    async def _fetch(self, api: Api, batch: Tracked, batch_id: str) -> None:
+    async def _fetch(self, api: Api, batches: BatchApi, batch: Tracked, batch_id: str) -> None:
         """Books what is in the files of a batch that has ended; what is in neither is asked for again."""
-        reply = await self._call(api, "GET", f"/batches/{batch_id}", None)
-        if not isinstance(reply, Reply):
-            await self.commits(self.ledger.stop, reply.reason if isinstance(reply, Stop) else reply.detail)
-            return
-        state = json.loads(reply.body)
+        state = await batches.show(batch_id)
         if state["status"] not in _ENDED:
             return
         left = await self.commits(batch_ledger.members, self.ledger, batch.token)
         for name in filter(None, (state.get("output_file_id"), state.get("error_file_id"))):
-            content = await self._download(api, name)
-            if content is None:
-                return
+            content = await self._download(batches, str(name))
             for row in content.splitlines():
-                key = str(json.loads(row).get("custom_id"))
+                values = _object(row)
+                key = str(values.get("custom_id"))
                 if (request := left.pop(key, None)) is not None:
-                    await self._booking.book(key, request.tries, _outcome(api, row, batch.created))
+                    await self._booking.book(key, request.tries, _outcome(api, row, values, batch.created))
         why = api.excerpt(json.dumps(state.get("errors")).encode()) if state.get("errors") else ""
         if state["status"] == "failed":
             await self.commits(self.ledger.stop, f"the provider refused the batch {batch_id}: {why}")
@@ -132,45 +109,33 @@ class BatchSender:
             await self._booking.book(key, request.tries, outcome)
         await self.commits(batch_ledger.finished, self.ledger, batch.token)
 
-    async def _download(self, api: Api, name: str) -> bytes | None:
-        """A file of the provider, on the disk before anything reads it; None if it is not to be had now."""
+    async def _download(self, batches: BatchApi, name: str) -> bytes:
+        """A file of the provider, on the disk before anything reads it."""
         path = self._folder / f"{Path(name).name}.jsonl"
         if not path.exists():
-            reply = await self._call(api, "GET", f"/files/{name}/content", None)
-            if not isinstance(reply, Reply):
-                return None
-            await asyncio.to_thread(_write, path, reply.body)
+            await asyncio.to_thread(_write, path, await batches.download(name))
         return path.read_bytes()
 
-    async def _call(self, api: Api, method: str, path: str, body: Any, **form: Any) -> Reply | Failure | Stop:
-        """A call that goes through, however often it must be tried.
 
-        Raises:
-          RunError: it never did.
-        """
-        detail = ""
-        for attempt in range(_TRIES):
-            reply = await api.call(method, path, body, **form)
-            if isinstance(reply, Reply) and reply.status == 200:
-                return reply
-            judged = reply if isinstance(reply, Again) else api.judge(reply)
-            if not isinstance(judged, Again):
-                return judged
-            detail = judged.detail
-            await asyncio.sleep(judged.wait_s or min(self.config.backoff_s * 2**attempt, 30.0))
-        raise RunError(f"{method} {path} failed {_TRIES} times ({detail}); run the same command again")
+def _object(row: bytes) -> Mapping[str, Any]:
+    """The object in a line; an empty one, which answers nothing, where it holds none."""
+    try:
+        values = json.loads(row)
+    except (ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
-def _outcome(api: Api, row: bytes, sent: float) -> Outcome:
+def _outcome(api: Api, row: bytes, values: Mapping[str, Any], sent: float) -> Outcome:
     """What one line of a batch's files says."""
-    values = json.loads(row)
     response = values.get("response")
     if not isinstance(response, dict):
         return Again(detail=f"in the batch: {api.excerpt(json.dumps(values.get('error')).encode())}")
     if response.get("status_code") == 200:
         return Response(raw=row, request_id=str(response.get("request_id") or ""), sent=sent, received=time.time())
     body = json.dumps(response.get("body")).encode()
-    return api.judge(Reply(status=int(response.get("status_code") or 500), headers={}, body=body, sent=sent))
+    status = response.get("status_code")
+    return api.judge(Reply(status=status if isinstance(status, int) else 500, headers={}, body=body, sent=sent))
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -22,8 +22,8 @@ def plan(ledger: Ledger, token: str, requests: int, file_bytes: int) -> list[Cla
         claimed = ledger.claim(requests, time.time())
         size, taken = 0, 0
         for request in claimed:
-            size += len(line(request.key, "/v1/chat/completions", request.body))
-            if size > file_bytes and taken:
+            size += len(line(request.key, request.body))
+            if taken and (size > file_bytes or endpoint(request.body) != endpoint(claimed[0].body)):
                 break
             taken += 1
         for request in claimed[taken:]:
@@ -35,9 +35,14 @@ def plan(ledger: Ledger, token: str, requests: int, file_bytes: int) -> list[Cla
         return claimed[:taken]
 
 
-def line(key: str, endpoint: str, body: Mapping[str, Any]) -> bytes:
+def endpoint(body: Mapping[str, Any]) -> str:
+    """What answers such a request; all of a batch have one."""
+    return "/v1/chat/completions" if "messages" in body else "/v1/responses"
+
+
+def line(key: str, body: Mapping[str, Any]) -> bytes:
     """One request in a batch's input file."""
-    row = {"custom_id": key, "method": "POST", "url": endpoint, "body": dict(body)}
+    row = {"custom_id": key, "method": "POST", "url": endpoint(body), "body": dict(body)}
     return json.dumps(row).encode() + b"\n"
 
 

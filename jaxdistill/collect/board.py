@@ -30,8 +30,8 @@ class Board:
         if not earlier:
             self._times.append(time.monotonic())
 
-    def show(self, account: Account, total: int) -> None:
-        """Draws it."""
+    def show(self, account: Account, total: int, trouble: str | None) -> None:
+        """Draws it; `trouble`: why something is about to be tried again."""
         now = time.monotonic()
         while self._times and self._times[0] < now - _RATE_S:
             self._times.popleft()
@@ -40,6 +40,7 @@ class Board:
         figures = [f"{self._counts[name]} {name}" for name in names]
         figures += [f"{len(self._times) / span_s:.1f} requests/s", f"{account.spent_tokens:,} tokens"]
         figures += [dollars(account)]
+        figures += [f"trying again: {' '.join(trouble.split())[:100]}"] if trouble else []
         done = sum(self._counts.values())
         self._progress.update(self._bar, completed=done, total=max(total, done), figures="  ".join(figures))
 

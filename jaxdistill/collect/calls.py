@@ -1,14 +1,11 @@
 """Planned calls, what became of each, and the receipts for those that gave no chain."""
 
-import collections
 import dataclasses
-from pathlib import Path
 from typing import Literal
 
 from jaxdistill.collect.reply import Reply, UnreadableReply, read_reply
 from jaxdistill.collect.request import Failure, Request, Response
-from jaxdistill.errors import UserError
-from jaxdistill.records import Problem, Usage, Verdict, read_jsonl
+from jaxdistill.records import Problem, Usage, Verdict
 from jaxdistill.verify import Verifier, boxed_answers, extract_answer
 
 Reason = Literal[
@@ -114,20 +111,3 @@ def boxes_differ(text: str, verifier: Verifier) -> bool:
     last = extract_answer(text)
     others = set(boxed_answers(text)) - {last}
     return last is not None and any(verifier.equivalent(other, last).label == "wrong" for other in others)
-
-
-def read_problems(path: Path) -> list[Problem]:
-    """Reads problems.
-
-    Raises:
-      UserError: the file is missing, malformed or empty, or two problems have one id.
-    """
-    problems = list(read_jsonl(path, Problem))
-    repeated = [name for name, count in collections.Counter(p.id for p in problems).items() if count > 1]
-    if repeated:
-        raise UserError(
-            f"{path}: {len(repeated)} ids are not unique, such as {repeated[:3]}; give every problem its own id"
-        )
-    if not problems:
-        raise UserError(f"{path}: holds no problem; expected at least one line")
-    return problems

@@ -6,7 +6,7 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from jaxdistill.collect import batch_ledger, worker
+from jaxdistill.collect import batch_ledger, spare, worker
 from jaxdistill.collect.batch import BatchSender
 from jaxdistill.collect.board import Board, board
 from jaxdistill.collect.booking import settle
@@ -55,6 +55,8 @@ class Campaign:
                 asyncio.run(self._run(shown, path))
             except asyncio.CancelledError:
                 raise KeyboardInterrupt from None
+            finally:
+                spare.release(path)
         return self.ledger.account()
 
     async def _run(self, shown: Board, path: Path) -> None:
@@ -65,9 +67,11 @@ class Campaign:
             await self._plan(self.sampling.start(), commits, shown)
             if not self._waiting:
                 return
+            under_way = self.config.workers * self.teacher.config.in_flight
+            spare.hold(path, under_way, self.teacher.config.larger_max_tokens or self.teacher.config.max_tokens)
             over = asyncio.Event()
             with interruptible(lambda: asyncio.ensure_future(commits(self.ledger.stop, INTERRUPTED))):
-                count = self.config.workers - 1 if self.teacher.transport != "batch" else 0
+                count = self.config.workers - 1 if not self.teacher.in_batches else 0
                 check = await stack.enter_async_context(worker.workers(count, self.teacher.config, path))
                 sending = asyncio.create_task(self._send(commits, over.is_set, path.parent / "batches"))
                 try:
@@ -77,15 +81,15 @@ class Campaign:
                     raise
                 finally:
                     over.set()
-                    await asyncio.wait([sending])
+                    await asyncio.gather(sending, return_exceptions=True)
                 sending.result()
 
     async def _send(self, commits: Commits, ended: Callable[[], bool], folder: Path) -> None:
         """Sends what is open, and fetches the batches of earlier runs."""
         senders: list[Sender | BatchSender] = []
-        if self.teacher.transport != "batch":
+        if not self.teacher.in_batches:
             senders.append(Sender(self.teacher, commits, ended))
-        if self.teacher.transport == "batch" or await commits(batch_ledger.unfinished, self.ledger):
+        if self.teacher.in_batches or await commits(batch_ledger.unfinished, self.ledger):
             senders.append(BatchSender(self.teacher, commits, ended, folder))
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -108,7 +112,7 @@ class Campaign:
                 self._settled.update(key for _, key in news)
                 await self._plan(await self._judge(calls, commits, shown, earlier=False), commits, shown)
             standing = await commits(self.ledger.standing)
-            shown.show(standing.account, self._total)
+            shown.show(standing.account, self._total, standing.trouble)
             if news or standing.out or (standing.in_batches and not standing.account.stop):
                 await asyncio.sleep(0 if len(news) > 100 else _TICK_S)
                 continue

@@ -59,8 +59,9 @@ def check(config: TeacherConfig) -> None:
 
 async def _call(teacher: Teacher) -> None:
     config = teacher.config
-    if teacher.transport == "batch" or (teacher.transport == "background" and "responses" in teacher.model.transports):
-        teacher = Teacher(dataclasses.replace(config, transport="responses"))
+    at_once = "responses" if teacher.through_responses else "chat"
+    if teacher.transport != at_once and at_once in teacher.model.transports:
+        teacher = Teacher(dataclasses.replace(config, transport=at_once))
     request = teacher.request(({"role": "user", "content": _QUESTION},))
     limits: dict[str, str] = {}
     async with connected(config) as api:

@@ -1,11 +1,13 @@
 """The ledger beside an event loop: calls that come together share one commit, on a thread of their own."""
 
 import asyncio
+import errno
 import queue
 import threading
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
+from jaxdistill.collect import spare
 from jaxdistill.collect.ledger import Ledger
 
 _GROUP = 512  # most calls in one commit
@@ -53,13 +55,25 @@ class Commits:
 
     def _commit(self, group: list[_Call]) -> None:
         try:
-            with self.ledger.transaction():
-                results = [call() for call, _ in group]
+            results = self._results(group)
         except BaseException as error:
             outcome: list[Any] = [error] * len(group)
             self._loop.call_soon_threadsafe(_resolve, group, outcome, True)
         else:
             self._loop.call_soon_threadsafe(_resolve, group, results, False)
+
+    def _results(self, group: list[_Call]) -> list[Any]:
+        """What the calls return; on a full disk the run is stopped, and its spare room takes what is under way."""
+        try:
+            with self.ledger.transaction():
+                return [call() for call, _ in group]
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+        spare.release(self.ledger.path)
+        with self.ledger.transaction():
+            self.ledger.stop(spare.DISK_FULL)  # first: nothing more is claimed
+            return [call() for call, _ in group]
 
 
 def _resolve(group: list[_Call], values: list[Any], failed: bool) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxdistill.collect.request import Failure, Request, Response
-from jaxdistill.errors import UserError, disk_full
+from jaxdistill.errors import RunError, UserError, disk_full
 
 VERSION = 2  # of the schema
 _SCHEMA = """
@@ -95,6 +95,7 @@ class Standing:
     out: int  # requests that any process is at, those in batches apart
     in_batches: int  # requests in batches, which go on without us
     fits: bool  # the next open request is within the budget; true where there is none
+    trouble: str | None = None  # why a request that waits for another attempt had no answer
 
 
 class Ledger:
@@ -108,7 +109,7 @@ class Ledger:
     """
 
     def __init__(self, path: Path, joins: bool = False):
-        self._path = path
+        self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = path.with_name(path.name + ".lock").open("a")
         if not joins:  # a killed command's last worker may still hold its share
@@ -124,7 +125,7 @@ class Ledger:
             self._create(path)
         except sqlite3.DatabaseError as error:
             self.close()
-            _raise_if_full(error, path)
+            _raise_if_refused(error, path)
             raise UserError(f"{path} is not a usable ledger ({error}); move it away to start afresh") from None
         except UserError:
             self.close()
@@ -166,7 +167,7 @@ class Ledger:
         except BaseException as error:
             if self.database.in_transaction:  # a full disk has rolled back already
                 self.database.execute("ROLLBACK")
-            _raise_if_full(error, self._path)
+            _raise_if_refused(error, self.path)
             raise
 
     def begin(self, budget_nano: int | None = None, budget_tokens: int | None = None) -> None:
@@ -337,7 +338,10 @@ class Ledger:
             "ORDER BY due > 0, due, id LIMIT 1"
         ).fetchone() or (0, 0)
         fits = _fits(account, account.reserved_nano + following[0], account.reserved_tokens + following[1])
-        return Standing(account, out - in_batches, in_batches, fits)
+        trouble = self.database.execute(
+            "SELECT failure FROM requests WHERE state = 'open' AND due > 0 AND tries > 0 LIMIT 1"
+        ).fetchone()
+        return Standing(account, out - in_batches, in_batches, fits, trouble[0] if trouble else None)
 
     def outcomes(self, after: int) -> list[tuple[int, str]]:
         """(sequence number, key) of the requests that got an outcome in this run, later than a sequence number."""
@@ -373,7 +377,13 @@ def _fits(account: Account, reserved_nano: int, reserved_tokens: int) -> bool:
     )
 
 
-def _raise_if_full(error: BaseException, path: Path) -> None:
-    """SQLite's word for a full disk, said as the operating system says it."""
-    if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+def _raise_if_refused(error: BaseException, path: Path) -> None:
+    """SQLite's words for a disk that is full, said as the operating system says it, or that does not work."""
+    code = getattr(error, "sqlite_errorcode", 0)
+    if code == sqlite3.SQLITE_FULL:
         raise disk_full(path) from error
+    if code & 0xFF == sqlite3.SQLITE_IOERR:
+        raise RunError(
+            f"{path} cannot be read or written ({error}); see to the disk, and to limits on a file's size "
+            "(`ulimit -f`), then run the same command again: what was committed is kept"
+        ) from error

@@ -11,8 +11,9 @@ from jaxdistill.collect.campaign import INTERRUPTED, OVER_BUDGET
 from jaxdistill.collect.ledger import Account
 from jaxdistill.collect.prices import NANO
 from jaxdistill.collect.sampling import Plan
+from jaxdistill.collect.spare import DISK_FULL
 from jaxdistill.collect.teacher import Teacher
-from jaxdistill.errors import RunError, UserError
+from jaxdistill.errors import RunError, UserError, disk_full
 from jaxdistill.progress import say
 
 
@@ -41,6 +42,7 @@ def conclude(
     Raises:
       UserError: the API refused to go on.
       RunError: requests are still without an answer, or nothing was kept.
+      OSError: the disk became full.
     """
     numbers = ", ".join(f"{count} {name}" for name, count in counts.items())
     receipts = kept.with_name("dropped.jsonl")
@@ -48,6 +50,8 @@ def conclude(
     say(line)
     if ended == INTERRUPTED:
         raise RunError("interrupted; run the same command again to go on")
+    if ended == DISK_FULL:
+        raise disk_full(kept.parent)
     if ended == OVER_BUDGET:
         raise RunError(
             f"the budget leaves no room for the next request at its worst ({dollars(account)}; "

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from jaxdistill.errors import UserError
 from jaxdistill.records import from_dict
 
-Transport = Literal["chat", "responses", "background", "batch"]
+Transport = Literal["chat", "responses", "background", "batch", "responses_batch"]
 SHIPPED = Path(__file__).parent / "profiles"
 
 

@@ -85,8 +85,10 @@ class Sender:
         def told(headers: Mapping[str, str]) -> None:
             self.pace.told(headers, time.monotonic())
 
+        # By its body, not by the transport: a batch of an earlier run may have left it open.
+        send = transports.chat if "messages" in request.body else transports.responses
         try:
-            if self.teacher.transport == "background":
+            if self.teacher.transport == "background" and send is transports.responses:
 
                 async def accepted(remote: str) -> None:
                     await self.commits(self.ledger.accepted, request.key, remote)
@@ -94,7 +96,6 @@ class Sender:
                 return await transports.background(
                     api, request.body, told, request.remote, accepted, self.config.poll_s
                 )
-            send = transports.responses if self.teacher.transport == "responses" else transports.chat
             return await send(api, request.body, told)
         except UnicodeEncodeError as error:
             return Failure(detail=f"the text cannot be sent as UTF-8: {error.reason}", permanent=True)

@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import ipaddress
 import os
+import re
 import urllib.parse
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -26,7 +27,7 @@ class TeacherConfig:
     model: str = "local-teacher"  # name as the API knows it
     profile: str | None = None  # a file of collect/profiles without .toml, or a path; None: the one with this base_url
     api_key_env: str = "OPENAI_API_KEY"  # environment variable with the key; may be unset on loopback
-    transport: Transport | None = None  # chat, responses, background (polled) or batch; None takes the model's first
+    transport: Transport | None = None  # background is polled; batch is of chat; None takes the model's first
     max_tokens: int = 32_768  # output limit in tokens, reasoning included
     larger_max_tokens: int | None = None  # limit of one more try where an answer was cut off; None keeps it cut off
     max_tokens_parameter: Literal["max_completion_tokens", "max_tokens"] | None = None  # None takes the profile's
@@ -69,9 +70,14 @@ class TeacherConfig:
 
 def check_url(url: str) -> None:
     """Raises UserError unless the URL is https, or http on loopback, and holds no secret."""
-    parts = urllib.parse.urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UserError(f"teacher.base_url is {url!r}, expected a URL such as https://api.openai.com/v1")
+    try:
+        parts = urllib.parse.urlsplit(url)
+        port = parts.port
+    except ValueError:  # brackets without an address in them, or a port that is none
+        parts, port = urllib.parse.urlsplit(""), 0
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0 or re.search(r"\s", url):
+        expected = "expected a URL such as https://api.openai.com/v1"
+        raise UserError(f"teacher.base_url is {url.rpartition('@')[2].partition('?')[0]!r}, {expected}")
     if parts.username or parts.password or parts.query:
         raise UserError("teacher.base_url holds a user, a password or a query; keys belong in the environment only")
     if parts.scheme == "http" and not is_loopback(url):
@@ -126,12 +132,17 @@ class Teacher:
                     f"teacher.{name} is {getattr(config, name)}, but profile {self.profile.name} says that "
                     f"{config.model} does not take it; leave it out"
                 )
-        self.prices = Prices.of(config, self.profile, self.model, batch=self.transport == "batch")
+        self.prices = Prices.of(config, self.profile, self.model, batch=self.in_batches)
 
     @property
     def through_responses(self) -> bool:
         """Whether requests have the shape of the Responses API rather than that of chat completions."""
-        return self.transport in ("responses", "background")
+        return self.transport in ("responses", "background", "responses_batch")
+
+    @property
+    def in_batches(self) -> bool:
+        """Whether requests go through the Batch API."""
+        return self.transport in ("batch", "responses_batch")
 
     def warnings(self, today: datetime.date) -> list[str]:
         """What to know before any money is spent."""

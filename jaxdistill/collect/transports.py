@@ -96,14 +96,26 @@ async def background(
             return Again(detail=f"the server has forgotten the answer {remote}", lost=True)
         if reply.status != 200:
             return api.judge(reply)
-        missed = 0
-        if not _unfinished(reply.body):
+        status = _status(reply.body)
+        if status in ("queued", "in_progress"):
+            missed = 0
+        elif status is None and _is_no_answer(reply.body):  # a proxy's page, say: the server works on
+            missed += 1
+        else:
             return accept(api, Reply(status=200, headers=reply.headers, body=reply.body, sent=sent))
     return Again(detail=f"{missed} polls of {remote} in a row had no answer", lost=True)
 
 
-def _unfinished(body: bytes) -> bool:
+def _status(body: bytes) -> Any:
     try:
-        return json.loads(body)["status"] in ("queued", "in_progress")
-    except (ValueError, LookupError, TypeError):
-        return False
+        return json.loads(body)["status"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
+
+
+def _is_no_answer(body: bytes) -> bool:
+    try:
+        parse(body)
+    except NoCompletion:
+        return True
+    return False

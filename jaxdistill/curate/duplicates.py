@@ -42,7 +42,10 @@ class Fingerprints:
         bands = np.array(digests, dtype=np.uint64).reshape(len(sets), BANDS, ROWS)
         table = np.empty((len(sets), _COLUMNS), dtype=np.uint64)
         table[:, 0] = [_hash(words) for words in self._waiting]
-        table[:, 1:] = (bands * self._mix).sum(-1)  # wraps around: a hash of the band's seven minima
+        # A hash of the band's seven minima, which wraps around, and of all numbers: problems of one template, of which
+        # a large pool holds thousands, are no candidates.
+        numbers = [_hash(sorted(filter(_is_number, words))) for words in self._waiting]
+        table[:, 1:] = (bands * self._mix).sum(-1) ^ np.array(numbers, dtype=np.uint64)[:, None]
         self._file.write(table.tobytes())
         self._waiting.clear()
 
@@ -51,7 +54,7 @@ class Fingerprints:
         yield from self._pairs(0)
 
     def candidate_pairs(self) -> Iterator[tuple[int, int]]:
-        """(earlier, later) of problems that share a band; a pair may come more than once."""
+        """(earlier, later) of problems that share a band and all numbers; a pair may come more than once."""
         for column in range(1, _COLUMNS):
             yield from self._pairs(column)
 

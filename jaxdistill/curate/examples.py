@@ -16,7 +16,7 @@ from jaxdistill.records import Chain, Example, Problem, read_jsonl, write_jsonl
 class ExamplesConfig:
     """Chains to be made into training examples."""
 
-    chains: Path  # JSON Lines of Chain, as `jaxdistill collect` writes them
+    chains: Path  # JSON Lines or Parquet of Chain, as `jaxdistill collect` writes them
     workdir: Path  # run folder: examples.jsonl, config.json, manifest.json
 
 

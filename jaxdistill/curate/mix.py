@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from jaxdistill import parquet
 from jaxdistill.curate.text import language
 from jaxdistill.errors import UserError
 from jaxdistill.manifest import write_config, write_manifest
@@ -71,6 +72,8 @@ def main(config: MixConfig) -> Mapping[str, int]:
 
 
 def _places(path: Path) -> list[_Place]:
+    if path.suffix == parquet.SUFFIX:
+        raise UserError(f"{path}: Parquet, whose rows cannot be copied as they stand; expected JSON Lines of examples")
     places = [
         _Place(
             id=one.id,

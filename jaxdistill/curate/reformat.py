@@ -4,12 +4,12 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
-from jaxdistill.collect.calls import Reason, Receipt, read_problems
+from jaxdistill.collect.calls import Reason, Receipt
 from jaxdistill.collect.config import RunConfig
 from jaxdistill.curate.examples import example
 from jaxdistill.curate.gates import reformat_gate
 from jaxdistill.curate.rewriting import Rewriting
-from jaxdistill.records import Example, Problem
+from jaxdistill.records import Example, Problem, read_problems
 from jaxdistill.verify import Verifier
 
 
@@ -28,7 +28,7 @@ def main(config: ReformatConfig) -> Mapping[str, int]:
 
     Raises: as `Rewriting.run`.
     """
-    problems = read_problems(config.problems)
+    problems = read_problems(config.problems, answers=False)
     rewriting = Rewriting(
         command="reformat", source=config.problems, prompt=config.prompt, fields=_fields, gate=_gate, tries=1
     )

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from jaxdistill.curate.choices import find_choices
 from jaxdistill.curate.numerical import is_number
-from jaxdistill.curate.text import DRAWING, without_drawings
+from jaxdistill.curate.text import DRAWING, math_spans, numbers, without_drawings
 from jaxdistill.records import Problem
 
 Rule = Callable[[Problem], str | None]
@@ -50,7 +50,7 @@ def no_answer(problem: Problem) -> str | None:
 _IMAGE = re.compile(
     r"!\[[^\]]*\]\([^)]*\)|\\includegraphics|<img\b|\b\S+\.(?:png|jpe?g|gif|svg)\b|\[图\]|<image>", re.IGNORECASE
 )
-_PICTURE = "(?:figure|diagram|picture|sketch|illustration|image|pie chart|bar graph|histogram)"
+_PICTURE = "(?:figure|diagram|picture(?! frame)|sketch(?! the)|illustration|image(?! of)|pie chart|bar graph|histogram)"
 _FIGURE = _any(
     r"\b(?:in|from|by|see|consider|using|of) (?:the|this) (?:\w+ )?(?:figure|diagram)s?\b",
     rf"\b{_PICTURE}s? (?:is |are )?(?:shown|given|pictured|drawn|above|below|here|shows?|represents?)\b",
@@ -64,6 +64,10 @@ _BESIDE_A_DRAWING = _any(
     rf"\b(?:below|above|shown|pictured|displayed|shaded|drawn segments|graphed|graph shows|{_PICTURE})\b"
 )
 _FIGURE_ZH = re.compile("如[下右左上]?图|[下右左上]图|图中|图示|见图|图\\s*\\d|由图|阴影")
+_CREDIT = re.compile(
+    r"^[_*]*Diagrams?\b(?: by .*)?[_*:]*\s*$", re.MULTILINE
+)  # the heading of a drawing, not the statement's
+_ASIDE = re.compile(r",? as (?:shown|pictured|drawn|depicted|illustrated)(?: (?:below|above|here))?(?=[.,;])")
 _QUOTED = re.compile(r"\"([^\"]*)\"")  # what an Asymptote drawing writes beside its lines
 
 
@@ -74,10 +78,12 @@ def image(problem: Problem) -> str | None:
         return f"holds an image: {match[0][:60]!r}"
     words = without_drawings(problem.problem)
     drawn = len(words) < len(problem.problem)
-    facts = [fact for label in _drawn_labels(problem.problem) for fact in re.findall(r"\d+(?:\.\d+)?", label)]
-    missing = sorted({fact for fact in facts if fact not in words})
-    if missing:
+    facts = [fact for label in _drawn_labels(problem.problem) for fact in numbers(label)]
+    if missing := sorted(set(facts) - set(numbers(words))):
         return f"only the drawing says {', '.join(missing[:5])}"
+    words = _CREDIT.sub("", words)
+    if drawn and numbers(words):  # which say all that the drawing says in numbers: "as shown" only points at it
+        words = _ASIDE.sub("", words)
     match = _FIGURE_ZH.search(words) or (_BESIDE_A_DRAWING if drawn else _FIGURE).search(words)
     if match and (drawn or not _TABLE.search(words)):
         return f"refers to a figure: {match[0]!r}"
@@ -145,9 +151,28 @@ _ELSEWHERE = _any(
 )
 
 
+_SEGMENT = re.compile(r"(?<![A-Za-z\\])[A-Z]{2}(?![A-Za-z0-9])")
+_POINT = re.compile(r"(?<![A-Za-z\\])(?:[A-Z](?![A-Za-z])|[A-Z]{3,}(?![a-z]))")
+_INTRODUCES = _any(  # in a sentence with such a word, or with a length, a two-letter name may stand for the first time
+    r"\b(?:segment|line|ray|arc|chord|diameter|radi(?:us|i)|side|base|leg|edge|hypotenuse|diagonal|altitude|median)s?\b"
+    r"|\b(?:bisector|tangent|secant|distance|height|length|wall|road|path|point|midpoint|angle|let|axis|axes)(?:s|es)?\b|[=∥]"
+)
+
+
+def _unintroduced(words: str) -> list[str]:
+    """Points that are named only as ends of segments, in sentences that do not introduce these: told of elsewhere."""
+    formulas = " ".join(math_spans(words))
+    ends = {letter for name in _SEGMENT.findall(formulas) for letter in name}
+    told = {letter for name in _POINT.findall(words) for letter in name}
+    for sentence in re.split(r"(?<=[.?!])\s", words):
+        if _INTRODUCES.search(sentence):
+            told |= {letter for name in _SEGMENT.findall(sentence) for letter in name}
+    return sorted(ends - told)
+
+
 @rule
 def incomplete(problem: Problem) -> str | None:
-    """Cut off, asks for nothing, or asks about another problem."""
+    """Cut off, asks for nothing, or asks about another problem or about points that it does not introduce."""
     words = _NOTE.sub("", without_drawings(problem.problem).strip()).strip()
     if len(words) < 8:
         return f"{len(words)} characters"
@@ -157,7 +182,10 @@ def incomplete(problem: Problem) -> str | None:
         return "a formula never ends (an odd number of dollars)"
     if words.count("\\begin{") != words.count("\\end{") or words.count("\\[") > words.count("\\]"):
         return "a formula never ends"
-    if match := _BROKEN_END.search(words):
+    if len(points := _unintroduced(words)) > 1 and words == problem.problem.strip():  # no drawing that has them
+        return f"nothing introduces the points {', '.join(points)}"
+    match = _BROKEN_END.search(words)
+    if match and find_choices(words) is None:  # an option may end with any word
         return f"ends with {match[0].strip()!r}"
     if not _REQUEST.search(words):
         return "asks for nothing"

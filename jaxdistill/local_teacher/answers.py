@@ -22,7 +22,7 @@ from jaxdistill.local_teacher.thoughts import (
 
 MODEL = "local-teacher"
 REFORMAT_WORDS = "rewrite the solution"  # what the prompts of curate/prompts/reformat.* say
-VERDICT = re.compile(r"^Verdict: <(.+)>$", re.MULTILINE)  # how the prompts of evaluate/judges end
+VERDICT = re.compile(r"^Verdict: <(.+)>$", re.MULTILINE)  # how the prompts of judges end
 REVIEW_WORDS, GO_ON_WORDS = "first wrong step", "right steps so far"  # of collect/prompts/*_review.*, journey_revise.*
 LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 PRICES_USD = (1.0, 4.0)  # per million prompt and output tokens; play money, as in collect/profiles/local.toml

@@ -67,7 +67,9 @@ class Teacher:
         self.served = 0
         self.log = options.log.open("a", encoding="utf-8", buffering=1) if options.log else None
         lines = options.script.read_text(encoding="utf-8").splitlines() if options.script else []
-        self.script: collections.deque[dict[str, Any]] = collections.deque(json.loads(line) for line in lines)
+        script = [json.loads(line) for line in lines]
+        self.script = collections.deque(line for line in script if "at" not in line)
+        self.script_at = [line for line in script if "at" in line]
 
     def app(self) -> Any:
         """The Starlette application."""
@@ -114,7 +116,11 @@ class Teacher:
         def guarded(handler: Any) -> Any:
             async def handle(request: Any) -> Any:
                 self._let_in(request.headers.get("authorization", ""))
-                return await handler(request)
+                line = self._scripted_at(f"{request.method} {request.url.path}")
+                if line and not line.get("done"):
+                    return _as_scripted(line, {})
+                answer = await handler(request)
+                return _as_scripted(line, {}) if line else answer
 
             return handle
 
@@ -138,13 +144,10 @@ class Teacher:
         """Answers POST /v1/chat/completions and POST /v1/responses."""
         from starlette.responses import JSONResponse
 
-        received = time.time()
-        self.served += 1
-        request_id = f"req_{os.getpid()}_{self.served}"
+        request_id, entry = self._new_request()
         allowed = self.requests.take(1.0, self.options.enforce_limits)
         allowed = self.tokens.take(1.0, self.options.enforce_limits) and allowed
         headers = {"x-request-id": request_id, **self.requests.headers(), **self.tokens.headers()}
-        entry: dict[str, Any] = {"request_id": request_id, "received": received}
         through_responses = request.url.path == "/v1/responses"
         try:
             self._let_in(request.headers.get("authorization", ""))
@@ -175,27 +178,23 @@ class Teacher:
         """What the script says about this request, None if it is to be answered as usual.
 
         A line holds `status` with `body` (a text) or `code` (of an error), `headers`, and `delay_s`; or `drop`, which
-        breaks the connection off in the middle of the answer. An empty object leaves the request alone.
+        breaks the connection off in the middle of the answer. An empty object leaves the request alone. A line with
+        `at`, such as "GET /v1/files", is for the next request to a path that begins so, polls, files and batches, and
+        stands aside from the others; with `done` that request is carried out, and its answer alone is replaced.
         """
-        from starlette.responses import JSONResponse, Response, StreamingResponse
-
         line = self.script.popleft() if self.script else {}
         await asyncio.sleep(line.get("delay_s", 0.0))
-        if line.get("drop"):
-            self._write(entry, status=0, outcome="dropped", body_sha256=body_hash(body))
-
-            async def broken() -> AsyncIterator[bytes]:
-                yield b'{"choices": ['
-                raise ConnectionResetError("as the script says")
-
-            return StreamingResponse(broken(), 200, {**headers, "content-length": "1000"})
-        if "status" not in line:
+        if not line.keys() & {"drop", "status"}:
             return None
-        self._write(entry, status=line["status"], outcome="scripted", body_sha256=body_hash(body))
-        headers = {**headers, **line.get("headers", {})}
-        if "body" in line:
-            return Response(line["body"], line["status"], headers)
-        return JSONResponse(_error("As the script says.", "scripted", code=line.get("code")), line["status"], headers)
+        status, outcome = (0, "dropped") if line.get("drop") else (line["status"], "scripted")
+        self._write(entry, status=status, outcome=outcome, body_sha256=body_hash(body))
+        return _as_scripted(line, headers)
+
+    def _scripted_at(self, place: str) -> dict[str, Any] | None:
+        found = next((line for line in self.script_at if place.startswith(line["at"])), None)
+        if found is not None:
+            self.script_at.remove(found)
+        return found
 
     async def poll(self, request: Any) -> Any:
         """Answers GET /v1/responses/{id}."""
@@ -210,15 +209,20 @@ class Teacher:
         return JSONResponse(content, 200, {"x-request-id": "req_" + name.removeprefix("resp_")})
 
     def _answer_in_batch(self, endpoint: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        self.served += 1
-        request_id = f"req_{os.getpid()}_{self.served}"
-        entry = {"request_id": request_id, "received": time.time(), "batch": True}
+        request_id, entry = self._new_request()
+        entry["batch"] = endpoint
         try:
             checked = check(json.dumps(body).encode(), endpoint == "/v1/responses")
         except BadRequest as error:
             self._write(entry, status=error.status, outcome="refused", message=str(error))
             return error.status, _error(str(error), "invalid_request_error", error.param, error.code)
         return self._answer(checked, request_id, entry)
+
+    def _new_request(self) -> tuple[str, dict[str, Any]]:
+        """Id and log entry of the next request."""
+        self.served += 1
+        request_id = f"req_{os.getpid()}_{self.served}"
+        return request_id, {"request_id": request_id, "received": time.time()}
 
     def _answer(self, body: dict[str, Any], request_id: str, entry: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         """Status and content for a body that was checked; writes it into the log."""
@@ -257,6 +261,23 @@ async def _read(request: Any, limit: int = BODY_BYTES) -> bytes:
         if len(body) > limit:
             raise BadRequest(f"The body is longer than {limit} bytes.", status=413)
     return bytes(body)
+
+
+def _as_scripted(line: dict[str, Any], headers: dict[str, str]) -> Any:
+    """The answer that a line of the script asks for."""
+    from starlette.responses import JSONResponse, Response, StreamingResponse
+
+    if line.get("drop"):
+
+        async def broken() -> AsyncIterator[bytes]:
+            yield b'{"choices": ['
+            raise ConnectionResetError("as the script says")
+
+        return StreamingResponse(broken(), 200, {**headers, "content-length": "1000"})
+    headers = {**headers, **line.get("headers", {})}
+    if "body" in line:
+        return Response(line["body"], line["status"], headers)
+    return JSONResponse(_error("As the script says.", "scripted", code=line.get("code")), line["status"], headers)
 
 
 def _error(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:

@@ -124,7 +124,11 @@ class Batches:
                 late = {"code": "batch_expired", "message": "This request could not be executed in time."}
                 errors.append({**row, "response": None, "error": late})
                 continue
-            status, content = self._answering(batch.endpoint, line["body"])
+            if line.get("url") == batch.endpoint:
+                status, content = self._answering(batch.endpoint, line["body"])
+            else:
+                words = f"The line is for {line.get('url')!r:.80}, the batch for {batch.endpoint}."
+                status, content = 400, {"error": {"message": words, "type": "invalid_request_error", "code": None}}
             row["response"] = {"status_code": status, "request_id": row["id"], "body": content}
             (output if status == 200 else errors).append({**row, "error": None})
         batch.output = self._keep(_lines(output)) if output else None

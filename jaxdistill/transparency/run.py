@@ -87,7 +87,7 @@ def _synthetic(lineage: Lineage) -> Answer:
             return _open(f"{lineage.name(stage.folder)} does not say which prompt it used")
         evidence.append(_manifest(lineage, stage, f"prompt {stage.manifest['prompt']['name'] or 'none'}, in full"))
     for stage in lineage.of("collect"):
-        path = stage.folder / "chains.jsonl"
+        path = stage.folder / f"chains.{stage.config.get('chains_format', 'jsonl')}"
         if not path.is_file():
             return _open(f"{lineage.name(path)} is missing")
         labels = collections.Counter(chain.verdict.label for chain in read_jsonl(path, Chain))

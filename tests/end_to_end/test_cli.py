@@ -10,7 +10,10 @@ from test_demo import jaxdistill
 
 from jaxdistill import cli, manifest
 from jaxdistill.curate import examples
+from jaxdistill.curate.run import CurateConfig
+from jaxdistill.errors import UserError
 from jaxdistill.records import write_jsonl
+from jaxdistill.train.config import TrainConfig
 
 RECIPE = """
 from pathlib import Path
@@ -175,13 +178,29 @@ def test_other_errors_keep_their_traceback(error: Exception, tmp_path: Path, mon
     ],
 )
 def test_an_option_that_is_given_again_gives_more_values(given: list[str], expected: list[str]) -> None:
-    assert cli.together(given) == expected
+    assert cli.together(given, None) == expected
 
 
 def test_one_value_given_twice_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        cli.main([*small_run(tmp_path), "--workdir", str(tmp_path / "other")])
-    assert ended.value.code == 2
+    again = ["--workdir", str(tmp_path / "other")]
+    for words in (again, [f"{again[0]}={again[1]}"]):
+        with pytest.raises(SystemExit) as ended:
+            cli.main([*small_run(tmp_path), *words])
+        assert ended.value.code == 2
+        assert f"{tmp_path / 'other'}; it takes one value: leave one" in capsys.readouterr().err
+    for name in ("--mesh.fsdp", "--phases.0.examples"):
+        with pytest.raises(UserError, match=rf"{name} is given 3 times, 1 and 2 and 3"):
+            cli.together([f"{name}=1", name, "2", name, "3"], TrainConfig)
+    assert cli.together(["--report", "--inputs", "a", "--report", "--inputs=b"], CurateConfig) == [
+        *("--report", "--inputs", "a", "b")
+    ]
+
+
+def test_data_in_the_place_of_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "problems.jsonl").write_text('{"id": "a"}\n')  # which is Python, too
+    said = fails(capsys, "collect", str(tmp_path / "problems.jsonl"))
+    assert "problems.jsonl: no recipe; expected a .py file" in said
+    assert "or options alone: `jaxdistill collect --help` lists them" in said
 
 
 @pytest.mark.parametrize("message", [r"a \[b] [/] [bold]x[/bold] \\[B, T] :smile:", "[", r"ends in \ "])

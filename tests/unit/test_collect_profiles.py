@@ -54,7 +54,7 @@ def test_each_model_is_sent_what_it_takes():
         ({"model": "o3", "temperature": 0.5}, "o3 does not take it"),
         ({"model": "o1-preview", "reasoning_effort": "low"}, "o1-preview does not take it"),
         ({"model": "o1-mini", "transport": "responses"}, "o1-mini takes chat, batch"),
-        ({"model": "o3-pro", "transport": "batch"}, "o3-pro takes background, responses"),
+        ({"model": "o3-pro", "transport": "batch"}, "o3-pro takes background, responses, responses_batch"),
         ({"model": "o3", "profile": "unheard"}, r"expected one of .*'deepseek', 'local', 'openai'"),
     ],
 )

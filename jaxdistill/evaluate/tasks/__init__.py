@@ -5,13 +5,13 @@ import hashlib
 import importlib
 import pkgutil
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxdistill.errors import UserError
 from jaxdistill.evaluate.judges import JUDGES, Judge
-from jaxdistill.records import Problem, from_dict, read_json_objects
+from jaxdistill.records import Problem, read_problems
 
 BOXED_PROMPT = "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
 
@@ -57,50 +57,6 @@ def task(name: str) -> Task:
     if name not in names():
         raise UserError(f"no task is named {name!r}; expected one of {names()}, or `problems` for a file of your own")
     return importlib.import_module(f"{__name__}.{name}").TASK
-
-
-Convert = Callable[[int, dict[str, Any]], dict[str, Any]]  # line number and upstream row -> fields of a Problem
-
-
-def read_problems(
-    path: Path,
-    *,
-    licence: str = "",
-    extra: Iterable[str] = (),
-    convert: Convert | None = None,
-    answers: bool = True,
-) -> list[Problem]:
-    """Reads Problem rows that all have an answer and an id of their own; keys in `extra` move to `meta`.
-
-    Args:
-      convert: for files in the benchmark's own shape.
-      answers: whether each row needs an answer.
-
-    Raises:
-      UserError: the file is missing, empty or malformed, or rows lack an answer or share an id; names the lines.
-    """
-    problems: list[Problem] = []
-    lines: dict[str, int] = {}
-    mistakes: list[str] = []
-    for number, values in read_json_objects(path):
-        values = convert(number, values) if convert else values
-        moved = {key: values.pop(key) for key in extra if key in values}
-        problem = from_dict({"licence": licence, **values}, Problem, where=f"{path}:{number}")
-        problem = dataclasses.replace(problem, meta={**problem.meta, **moved})
-        if answers and not (problem.answer or "").strip():
-            mistakes.append(f"line {number} ({problem.id}) has no answer")
-        if problem.id in lines:
-            mistakes.append(f"line {number} repeats the id {problem.id!r} of line {lines[problem.id]}")
-        lines.setdefault(problem.id, number)
-        problems.append(problem)
-    if mistakes:
-        more = f" and {len(mistakes) - 10} more" if len(mistakes) > 10 else ""
-        raise UserError(
-            f"{path}: {'; '.join(mistakes[:10])}{more}; expected {'an answer and ' * answers}an id of its own a row"
-        )
-    if not problems:
-        raise UserError(f"{path}: found no rows, expected one problem a line")
-    return problems
 
 
 def read_questions(path: Path, *, licence: str, group: str | None = None, answers: bool = True) -> list[Problem]:

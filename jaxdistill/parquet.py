@@ -1,0 +1,95 @@
+"""Rows as Parquet: the same as in JSON Lines, through pyarrow where it is installed."""
+
+import dataclasses
+import itertools
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from jaxdistill.errors import UserError
+
+SUFFIX = ".parquet"
+_GROUP = 1000  # rows in memory at a time
+_MESSAGE = ("role", "content", "reasoning_content")  # a chat message's fields, where a row has Mapping[str, str]
+
+
+def check_installed(wanted: str) -> Any:
+    """pyarrow.
+
+    Raises:
+      UserError: it is not installed; `wanted` says what for.
+    """
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(
+            f"{wanted} needs the package pyarrow, which is not installed; pip install 'jaxdistill[parquet]'"
+        ) from None
+    return pyarrow
+
+
+def write(path: Path, rows: Iterable[Any], row_type: type) -> int:
+    """Writes rows of a dataclass and returns their number; the file appears whole or not at all.
+
+    What JSON leaves out is null here. Half an emoji, which UTF-8 cannot hold, becomes U+FFFD.
+    """
+    pyarrow = check_installed(str(path))
+    schema = _type(pyarrow, row_type)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    count, rows = 0, iter(rows)
+    with pyarrow.parquet.ParquetWriter(partial, pyarrow.schema(schema.fields)) as writer:
+        while group := list(itertools.islice(rows, _GROUP)):
+            values = [_whole(dataclasses.asdict(row)) for row in group]
+            writer.write_table(pyarrow.Table.from_pylist(values, schema=writer.schema))
+            count += len(group)
+    partial.replace(path)
+    return count
+
+
+def read(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields (row number from 1, row) as JSON Lines would have it: what is null is left out.
+
+    Raises:
+      UserError: pyarrow is not installed, or the file is no Parquet.
+    """
+    pyarrow = check_installed(str(path))
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            batches = (batch.to_pylist() for batch in file.iter_batches(batch_size=_GROUP))
+            yield from enumerate(map(_without_nulls, itertools.chain.from_iterable(batches)), start=1)
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"{path}: not a Parquet file ({error}); expected one, or a name that does not end so") from None
+
+
+def _type(pyarrow: Any, hint: Any) -> Any:
+    """Parquet's type of a field by its annotation."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return _type(pyarrow, next(a for a in arguments if a is not type(None)))
+    if dataclasses.is_dataclass(hint):
+        hints = typing.get_type_hints(hint)
+        return pyarrow.struct([(field.name, _type(pyarrow, hints[field.name])) for field in dataclasses.fields(hint)])
+    if origin is tuple:
+        return pyarrow.list_(_type(pyarrow, arguments[0]))
+    if origin is Mapping:
+        return pyarrow.struct([(name, pyarrow.string()) for name in _MESSAGE])
+    if origin is Literal:
+        return pyarrow.string()
+    return {str: pyarrow.string(), int: pyarrow.int64(), float: pyarrow.float64(), bool: pyarrow.bool_()}[hint]
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, dict):
+        return {name: _whole(one) for name, one in value.items()}
+    return [_whole(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(one) for name, one in value.items() if one is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
