@@ -49,8 +49,23 @@ def write(path: Path, rows: Iterable[Any], row_type: type) -> int:
     return count
 
 
-def read(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (row number from 1, row) as JSON Lines would have it: what is null is left out.
+def groups(path: Path) -> list[tuple[int, int]]:
+    """Rows and uncompressed bytes of each row group of a file. Raises as `read`."""
+    pyarrow = check_installed(str(path))
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            found = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+            return [(group.num_rows, group.total_byte_size) for group in found]
+    except pyarrow.ArrowInvalid as error:
+        raise _no_parquet(path, error) from None
+
+
+def read(path: Path, groups: range | None = None, first: int = 1) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields (row number, row) as JSON Lines would have it: what is null is left out.
+
+    Args:
+      groups: row groups to read; all by default.
+      first: the number of the first row that is read.
 
     Raises:
       UserError: pyarrow is not installed, or the file is no Parquet.
@@ -58,10 +73,15 @@ def read(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     pyarrow = check_installed(str(path))
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            batches = (batch.to_pylist() for batch in file.iter_batches(batch_size=_GROUP))
-            yield from enumerate(map(_without_nulls, itertools.chain.from_iterable(batches)), start=1)
+            wanted = None if groups is None else list(groups)
+            batches = (batch.to_pylist() for batch in file.iter_batches(batch_size=_GROUP, row_groups=wanted))
+            yield from enumerate(map(_without_nulls, itertools.chain.from_iterable(batches)), start=first)
     except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path}: not a Parquet file ({error}); expected one, or a name that does not end so") from None
+        raise _no_parquet(path, error) from None
+
+
+def _no_parquet(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path}: not a Parquet file ({error}); expected one, or a name that does not end so")
 
 
 def _type(pyarrow: Any, hint: Any) -> Any:

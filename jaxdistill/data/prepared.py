@@ -19,7 +19,7 @@ from rich.progress import track
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from jaxdistill import manifest, records
+from jaxdistill import manifest, parquet, records
 from jaxdistill.data import chat
 from jaxdistill.data.chat import Document
 from jaxdistill.errors import UserError
@@ -108,15 +108,17 @@ def _joined(arrays: Sequence[np.ndarray], dtype: Any) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Stretch:
-    """Whole lines of a file, as many as a part is made of."""
+    """Whole lines of a JSON Lines file or row groups of a Parquet file, as many as a part is made of."""
 
-    start: int  # bytes
+    start: int  # bytes, or row groups
     stop: int
-    line: int  # number of the first, from 1
+    line: int  # number of the first, or of the first row, from 1
 
 
 def prepare(path: Path, tokenizer: Any, cache: Path, show_progress: bool = True) -> tuple[Documents, Path]:
-    """The examples of a JSON Lines file as tokens, and the folder that they are kept in, in several processes if long.
+    """The examples of a file (JSON Lines, or Parquet by its name) as tokens, and the folder that they are kept in.
+
+    A long file is worked on by several processes.
 
     Args:
       cache: folder that holds what was prepared before; a stretch of the file that is there is not done again.
@@ -164,6 +166,12 @@ def _scan(path: Path, cache: Path) -> tuple[str, list[Stretch]]:
         known = json.loads(kept.read_bytes())
         if {name: known[name] for name in identity} == identity:
             return known["sha256"], [Stretch(*numbers) for numbers in known["stretches"]]
+    found = _scan_row_groups(path) if path.suffix == parquet.SUFFIX else _scan_lines(path)
+    manifest.write_json(kept, {**identity, "sha256": found[0], "stretches": [dataclasses.astuple(s) for s in found[1]]})
+    return found
+
+
+def _scan_lines(path: Path) -> tuple[str, list[Stretch]]:
     digest, stretches, start, line = hashlib.sha256(), [], 0, 1
     with path.open("rb") as file:
         while lines := file.readlines(PART_BYTES):
@@ -171,9 +179,32 @@ def _scan(path: Path, cache: Path) -> tuple[str, list[Stretch]]:
             digest.update(content)
             stretches.append(Stretch(start, start + len(content), line))
             start, line = start + len(content), line + len(lines)
-    facts = {**identity, "sha256": digest.hexdigest(), "stretches": [dataclasses.astuple(s) for s in stretches]}
-    manifest.write_json(kept, facts)
     return digest.hexdigest(), stretches
+
+
+def _scan_row_groups(path: Path) -> tuple[str, list[Stretch]]:
+    stretches: list[Stretch] = []
+    start, line, rows, size = 0, 1, 0, 0
+    groups = parquet.groups(path)
+    for stop, (count, bytes_) in enumerate(groups, start=1):
+        rows, size = rows + count, size + bytes_
+        if size >= PART_BYTES or stop == len(groups):
+            stretches.append(Stretch(start, stop, line))
+            start, line, rows, size = stop, line + rows, 0, 0
+    return manifest.file_hash(path), stretches
+
+
+def _rows(path: Path, stretch: Stretch) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """Number and content of each row of a stretch, or what is wrong with it."""
+    if path.suffix == parquet.SUFFIX:
+        yield from parquet.read(path, range(stretch.start, stretch.stop), stretch.line)
+        return
+    with path.open("rb") as file:
+        file.seek(stretch.start)
+        lines = file.read(stretch.stop - stretch.start).split(b"\n")
+    for number, line in enumerate(lines, start=stretch.line):
+        if line.strip():
+            yield number, records.parse(line)
 
 
 def _fingerprint(tokenizer: Any) -> str:
@@ -208,13 +239,8 @@ def _tokenize_here(stretch: Stretch, target: Path) -> list[str]:
 def tokenize(path: Path, tokenizer: Any, stretch: Stretch, target: Path) -> list[str]:
     """Writes the part of a stretch, unless lines of it are wrong: says what is."""
     documents, wrong = [], []
-    with path.open("rb") as file:
-        file.seek(stretch.start)
-        lines = file.read(stretch.stop - stretch.start).split(b"\n")
-    for number, line in enumerate(lines, start=stretch.line):
-        if not line.strip():
-            continue
-        where, values = f"{path}:{number}", records.parse(line)
+    for number, values in _rows(path, stretch):
+        where = f"{path}:{number}"
         try:
             if isinstance(values, str):
                 raise UserError(f"{where}: {values}; mend or remove the line")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from jaxdistill import records
+from jaxdistill import parquet, records
 from jaxdistill.data import chat, loader, prepared
 from jaxdistill.errors import UserError
 from jaxdistill.records import Example
@@ -104,6 +104,19 @@ def test_all_that_is_wrong_is_named_at_once_and_nothing_is_kept(tmp_path: Path, 
     assert f"{path}:6: found a JSON list" in message
     assert "... and 12 more" in message
     assert not parts_of(tmp_path / "cache")
+
+
+def test_parquet_is_read_by_row_groups(tmp_path: Path, tokenizer: object, monkeypatch: pytest.MonkeyPatch):
+    path = tiny.write_examples(tmp_path / "examples.jsonl", 30)
+    other = tmp_path / "examples.parquet"
+    monkeypatch.setattr(parquet, "_GROUP", 7)
+    parquet.write(other, records.read_jsonl(path, Example), Example)
+    monkeypatch.setattr(prepared, "PART_BYTES", sum(size for _, size in parquet.groups(other)[:2]) - 1)
+    expected, found = read(path, tokenizer, tmp_path / "cache"), read(other, tokenizer, tmp_path / "cache")
+    assert [d.id for d in found] == [d.id for d in expected]
+    assert all(np.array_equal(a.tokens, b.tokens) for a, b in zip(found, expected, strict=True))
+    stretches = [stretch for stretch, _ in prepared.plan(other, tokenizer, tmp_path / "cache")[0]]
+    assert [(s.start, s.stop, s.line) for s in stretches] == [(0, 2, 1), (2, 4, 15), (4, 5, 29)]
 
 
 def test_a_file_without_examples(tmp_path: Path, tokenizer: object):
