@@ -188,7 +188,7 @@ def lose_a_host(training: Training, workdir: Path, rng: random.Random) -> tuple[
     processes[victim].kill()
     started = time.monotonic()
     code = processes[1 - victim].wait(60)
-    said = training.said(workdir, "is lost", 1 - victim)
+    said = training.said(workdir, "is lost" if victim else "; the leader is at", 1 - victim)
     if code in (0, 2) or not said:
         raise RuntimeError(f"the other process ended with {code} after {time.monotonic() - started:.0f} s, unnamed")
     training.finish(workdir)

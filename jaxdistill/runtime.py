@@ -3,6 +3,7 @@
 import itertools
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from jax._src import (
 from jax.experimental import multihost_utils
 
 from jaxdistill.errors import UserError
+from jaxdistill.progress import say
 
 T = TypeVar("T")
 
@@ -65,6 +67,11 @@ def _join() -> None:
         jax.distributed.initialize(address, int(count or 0), int(number or 0), **limits)
     elif cloud_tpu_init.running_in_cloud_tpu_vm or any(int(os.environ.get(name, 1)) > 1 for name in _COUNTS):
         jax.distributed.initialize(**limits)
+    else:
+        return
+    # Without process 0 jax aborts the others before any Python of ours runs, and calls it the leader: say who that is
+    where = distributed.global_state.coordinator_address
+    say(f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}; the leader is at {where}")
 
 
 def leads() -> bool:
