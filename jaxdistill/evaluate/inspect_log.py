@@ -1,6 +1,7 @@
 """An evaluation of one model as a log of inspect_ai's (its EvalLog, version 2), for its viewer and its data frames."""
 
 import datetime
+import json
 from typing import Any
 
 from jaxdistill import thinking
@@ -26,7 +27,7 @@ def document(result: Result) -> dict[str, Any]:
     metrics = {name: {"name": name, "value": value} for name, value in accuracy.items()}
     grader = plan.task.grader
     score = {"name": grader, "scorer": grader, "scored_samples": len(samples), "metrics": metrics}
-    return {
+    log = {
         "version": 2,
         "status": "success" if summary.coverage == 1 else "cancelled",
         "eval": {
@@ -40,6 +41,8 @@ def document(result: Result) -> dict[str, Any]:
         "results": {"total_samples": len(plan.wanted()), "completed_samples": len(samples), "scores": [score]},
         "samples": samples,
     }
+    # Half an emoji, which APIs send at times, is no UTF-8, and inspect_ai does not read its escape: it becomes "?"
+    return json.loads(json.dumps(log, ensure_ascii=False).encode(errors="replace"))
 
 
 def _sample(result: Result, problem: Problem, completion: Completion, score: Score) -> dict[str, Any]:
