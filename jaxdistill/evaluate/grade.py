@@ -2,12 +2,12 @@
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from jaxdistill.errors import UserError
 from jaxdistill.evaluate.judges import JUDGES, Judge
 from jaxdistill.evaluate.statistics import Estimate, best_of_k, estimate, maj_at_k, pass_at_k
-from jaxdistill.records import Completion, Score, Verdict
+from jaxdistill.records import Completion, Problem, Score, Verdict
 from jaxdistill.verify import Verifier, normalize
 
 _LONGEST_LOOP, _LEAST_TURNS, _LEAST_LOOPED = 1000, 4, 100  # characters, times, characters: see `repeats`
@@ -75,6 +75,11 @@ def grader_named(name: str) -> Grader | Judge:
 def points(score: Score) -> float:
     """What a score is worth, from 0 to 1."""
     return float(score.verdict.label == "correct") if score.points is None else score.points
+
+
+def golds(problems: Iterable[Problem]) -> dict[str, str]:
+    """Gold answers by problem, as `grade` takes them."""
+    return {problem.id: problem.answer or "" for problem in problems}
 
 
 def grade(

@@ -11,7 +11,7 @@ from jaxdistill.data import chat
 from jaxdistill.errors import UserError
 from jaxdistill.evaluate import sampling
 from jaxdistill.evaluate.config import EvaluateConfig
-from jaxdistill.evaluate.grade import Summary, grade, summarize
+from jaxdistill.evaluate.grade import Summary, golds, grade, summarize
 from jaxdistill.evaluate.plan import Plan, problems_of
 from jaxdistill.models import decoder
 from jaxdistill.models.config import Config
@@ -54,10 +54,9 @@ class Live:
 
     def __init__(self, config: LiveConfig, base: Path, c: Config, compute_dtype: Literal["bfloat16", "float32"]):
         assert config.path is not None
-        if jax.process_count() > 1 or jax.sharding.get_mesh().shape["context"] > 1:
+        if jax.process_count() > 1:
             raise UserError(
-                "evaluate.every needs a run in one process with mesh.context 1; evaluate the checkpoints afterwards "
-                "with `jaxdistill evaluate`"
+                "evaluate.every needs a run in one process; otherwise evaluate checkpoints with `jaxdistill evaluate`"
             )
         own = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "every"}
         self._config = EvaluateConfig(workdir=base, model=(base,), compute_dtype=compute_dtype, **own)
@@ -87,8 +86,7 @@ class Live:
         done = {one.id: one for one in drawn}
         completions = [done[id_] for id_ in wanted]
         with Verifier() as verifier:
-            golds = {problem.id: problem.answer or "" for problem in self._problems}
-            scores = grade(completions, golds, verifier, self._task.grader)
+            scores = grade(completions, golds(self._problems), verifier, self._task.grader)
             summary = summarize(completions, scores, verifier)
         records.write_jsonl(plan.folder / "completions.jsonl", completions)
         records.write_jsonl(plan.folder / "scores.jsonl", scores)

@@ -13,11 +13,11 @@ from jaxdistill import manifest, records, thinking
 from jaxdistill.checkpoint import base_of
 from jaxdistill.collect.config import ready
 from jaxdistill.errors import RunError, UserError
-from jaxdistill.evaluate import agreement, page
+from jaxdistill.evaluate import agreement, inspect_log, page
 from jaxdistill.evaluate.asking import CALLS, ask, spent_usd
 from jaxdistill.evaluate.compare import Comparison, compare_all
 from jaxdistill.evaluate.config import EvaluateConfig
-from jaxdistill.evaluate.grade import Summary, grade, summarize, unanswered
+from jaxdistill.evaluate.grade import Summary, golds, grade, summarize, unanswered
 from jaxdistill.evaluate.judging import Subject, judge_all
 from jaxdistill.evaluate.plan import Plan, Wanted, plans, problems_of
 from jaxdistill.evaluate.results import Result, measures
@@ -79,7 +79,7 @@ def _evaluate(
     if plan.task.judge:
         scores = _judge(plan, completions, cut)
     else:
-        scores = grade(completions, {p.id: p.answer or "" for p in plan.problems}, verifier, plan.task.grader)
+        scores = grade(completions, golds(plan.problems), verifier, plan.task.grader)
     records.write_jsonl(plan.folder / "scores.jsonl", scores)
     scored = {score.completion_id for score in scores}
     lacking = {problem.id for id_, (problem, _) in wanted.items() if id_ not in scored}
@@ -202,7 +202,10 @@ def _rankings(path: Path | None) -> dict[str, float] | None:
 
 
 def _write(config: EvaluateConfig, results: Sequence[Result], comparisons: Sequence[Comparison]) -> None:
-    """What is about all models together."""
+    """What is about all models together, and each model's log for inspect_ai."""
+    if config.inspect_log:
+        for result in results:
+            records.write_jsonl(result.plan.folder / "inspect.json", [inspect_log.document(result)])
     if len(results) > 1:
         summaries = {result.name: dataclasses.asdict(result.summary) for result in results}
         together = {

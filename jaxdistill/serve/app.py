@@ -66,7 +66,7 @@ class Server:
         ]
         handlers = {ApiError: _api_error, HTTPException: _http_error, Exception: _failure}
         app = Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
-        self.app = Gate(app, limits, key, self.metrics)
+        self.app = Gate(app, frozenset(route.path for route in routes), limits, key, self.metrics)
 
     @asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:

@@ -13,7 +13,6 @@ from jaxdistill.serve.metrics import Metrics
 from jaxdistill.serve.schema import ApiError
 
 _OPEN_TO_ALL = ("/health", "/openapi.json")
-_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/metrics", "/health", "/openapi.json")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,10 +33,14 @@ class Limits:
 
 
 class Gate:
-    """ASGI middleware: the key, the number of calls at once, and what is counted of each."""
+    """ASGI middleware: the key, the number of calls at once, and what is counted of each.
 
-    def __init__(self, app: ASGIApp, limits: Limits, key: str, metrics: Metrics):
-        self._app, self._limits, self._metrics = app, limits, metrics
+    Args:
+      paths: whose calls are counted apart; those to any other are counted together.
+    """
+
+    def __init__(self, app: ASGIApp, paths: frozenset[str], limits: Limits, key: str, metrics: Metrics):
+        self._app, self._paths, self._limits, self._metrics = app, paths, limits, metrics
         self._key = _digest(key) if key else None
         self._calls = 0
 
@@ -46,7 +49,7 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        path = scope["path"] if scope["path"] in _PATHS else "other"
+        path = scope["path"] if scope["path"] in self._paths else "other"
 
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":

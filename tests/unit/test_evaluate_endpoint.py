@@ -41,7 +41,7 @@ def test_failed_requests_are_not_scored_and_are_asked_again(tmp_path: Path):
         assert summary["coverage"] == len(scored) / 40 < 1
         assert summary["accuracy"]["n_samples"] < len(scored)  # of the problems that have both samples
         patient = dataclasses.replace(config.endpoint, attempt_limit=12, backoff_s=0.02)
-        config = dataclasses.replace(config, endpoint=patient)
+        config = dataclasses.replace(config, endpoint=patient, inspect_log=True)
         [final] = evaluate.main(config).values()
         answered = [json.loads(line)["outcome"] for line in log.read_text().splitlines()]
         asked = len(answered)
@@ -55,6 +55,10 @@ def test_failed_requests_are_not_scored_and_are_asked_again(tmp_path: Path):
     written = json.loads((config.workdir / "manifest.json").read_text())
     assert written["model"] == f"local-teacher at {base_url}"
     assert written["cost_usd"] == 0
+    log_of_all = json.loads((config.workdir / "inspect.json").read_text())
+    assert log_of_all["status"] == "success"
+    values = [sample["scores"]["boxed_math"]["value"] for sample in log_of_all["samples"]]
+    assert sum(values) / 40 == final.accuracy.value
 
 
 def test_a_budget_ends_it_and_more_goes_on(tmp_path: Path):

@@ -37,7 +37,7 @@ def test_a_task_is_run_on_the_live_weights(tmp_path: Path):
         evaluate=live,
         row_tokens=128,
         batch_rows=8,
-        mesh=MeshConfig(data=2, fsdp=4),
+        mesh=MeshConfig(data=2, fsdp=2, context=2),
         step=StepConfig(compute_dtype="float32"),
     )
     train.main(config)
