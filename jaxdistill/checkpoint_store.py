@@ -94,7 +94,7 @@ class Checkpoints:
         Raises:
           OSError: ENOSPC, before anything is written where it can be foreseen; earlier checkpoints stay usable.
         """
-        with _full_disk_named(self._folder), self._blocking():
+        with _failures_named(self._folder), self._blocking():
             self._manager.wait_until_finished()  # its bytes count, and those of what it replaces are free again
             needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))  # of all processes, so that all agree
             if shutil.disk_usage(self._folder).free < needed:
@@ -177,7 +177,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits until everything is written. Raises as `save`."""
-        with _full_disk_named(self._folder), self._blocking():
+        with _failures_named(self._folder), self._blocking():
             self._manager.wait_until_finished()
             self._manager.close()
 
@@ -243,10 +243,15 @@ def _reading_alone(phase: Path) -> ocp.CheckpointManager:
 
 
 @contextlib.contextmanager
-def _full_disk_named(folder: Path) -> Iterator[None]:
-    """Tensorstore's word for a full disk, said as the operating system says it."""
+def _failures_named(folder: Path) -> Iterator[None]:
+    """Tensorstore's word for a full disk, as the operating system says it; what Orbax's time limit may mean."""
     try:
         yield
+    except TimeoutError as error:  # Orbax goes by the clock on the wall
+        raise RunError(
+            f"{folder}: a checkpoint was not written in time ({error}); the storage hangs, or the clock has jumped. "
+            "Those before it are whole: run the same command again"
+        ) from None
     except ValueError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and os.strerror(errno.ENOSPC) not in str(error):
             raise
