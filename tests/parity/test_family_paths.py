@@ -68,7 +68,9 @@ def test_gradients_of_a_packed_row_are_those_of_its_documents_in_transformers(fo
 
 
 def test_sampled_tokens_are_the_likeliest_of_the_packed_forward(folder: Path):
-    """Prompts that end within, at and past the window, in pages that the window leaves behind."""
+    """And of transformers. Prompts end within, at and past the window, in pages that the window leaves behind."""
+    import torch
+
     prompts = [tuple(document.tokens.tolist()) for document in tiny.documents((30, 48, 90), vocab=96)]
     with tiny.mesh(), jax.default_matmul_precision("highest"):
         params, c = hf.load(folder)
@@ -81,6 +83,9 @@ def test_sampled_tokens_are_the_likeliest_of_the_packed_forward(folder: Path):
         for i, prompt in enumerate(prompts):
             rows[i, : len(prompt) + 24] = [*prompt, *outputs[str(i)]]
         logits = export_check.logits(params, rows, c)
+    with torch.no_grad():
+        of_transformers = theirs(folder)(torch.from_numpy(rows.astype(np.int64))).logits.numpy()
     for i, prompt in enumerate(prompts):
         here = slice(len(prompt) - 1, len(prompt) + 23)
         assert outputs[str(i)] == tuple(logits[i, here].argmax(-1).tolist())
+        assert outputs[str(i)] == tuple(of_transformers[i, here].argmax(-1).tolist())
