@@ -16,7 +16,7 @@ from jaxdistill.models.attention import Attend
 from jaxdistill.models.config import Config, read_config
 from jaxdistill.models.layers import PROJECTION_NAME, Angles, Projection, by_stretches, projection, rms_norm
 from jaxdistill.models.qwen3 import attended
-from jaxdistill.sharding import gather, relayout, spec
+from jaxdistill.sharding import gather, relayout, spec, split_over
 from jaxdistill.weights import Weight, ones, weight
 
 
@@ -90,7 +90,9 @@ def experts(
     """
     stored = ((w_gate, "EDf"), (w_up, "EDf"), (w_down, "EfD"))
     gathered: list[Any] = [gather(w, dims, x.dtype) for w, dims in stored]
-    if jax.sharding.get_abstract_mesh().size == 1:  # jax 0.10 fails to lower a shard_map of `reduced` over one device
+    # Weights are `reduced` for the sake of their gradient alone. jax 0.10 fails to lower a shard_map of those over one
+    # device, and when sampling, where context splits no tokens, they do not go with tokens that are not split over it
+    if jax.sharding.get_abstract_mesh().size == 1 or not split_over(spec("T")):
         gathered = [jax.sharding.reshard(w, spec(dims)) for w, (_, dims) in zip(gathered, stored, strict=True)]
     local = functools.partial(_local, chosen=c.experts_per_token, normed=c.normed_choice)
     gate, up, down = gathered

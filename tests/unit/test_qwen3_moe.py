@@ -12,6 +12,8 @@ from jaxdistill.errors import UserError
 from jaxdistill.models import decoder, quantized, qwen3_moe
 from jaxdistill.models.lora import LoraConfig
 from jaxdistill.models.lora import template as adapters
+from jaxdistill.sample.engine import Engine, EngineConfig
+from jaxdistill.sample.request import Request, SamplingConfig
 
 
 def silu(x: np.ndarray) -> np.ndarray:
@@ -42,6 +44,20 @@ def test_experts_are_those_of_a_loop_over_tokens(normed: bool):
         of_experts = [sharding.put(a.astype(np.float32), dims, sharding.STORAGE) for a, dims in stored]
         found = jax.jit(qwen3_moe.experts, static_argnums=5)(*of_tokens, *of_experts, c)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_greedy_tokens_are_the_same_where_experts_are_split():
+    c = tiny.config("qwen3_moe")
+    config = EngineConfig(slots=4, page_tokens=16, prefill_tokens=32, compute_dtype="float32")
+    prompts = [tuple(document.tokens.tolist()) for document in tiny.documents((30, 20, 9), vocab=c.vocab)]
+    requests = [Request(str(i), prompt, SamplingConfig(max_new_tokens=8)) for i, prompt in enumerate(prompts)]
+    found = []
+    for sizes in ({}, {"fsdp": 2, "context": 2, "tensor": 2}):
+        with tiny.mesh(**sizes), jax.default_matmul_precision("highest"):
+            engine = Engine(tiny.put(tiny.values(c), c), c, (), positions=64, config=config)
+            found.append({output.id: output.tokens for output in engine.generate(requests)})
+    assert found[0] == found[1]
+    assert {len(tokens) for tokens in found[0].values()} == {8}
 
 
 @pytest.mark.parametrize(
