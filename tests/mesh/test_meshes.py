@@ -134,7 +134,7 @@ def test_other_families_equal_one_device(model_type: str, remat: decoder.Remat, 
     tiny.assert_trees_close(gradients, expected_gradients, 1e-5)
 
 
-@pytest.mark.parametrize("sizes", [*(sizes for sizes in MESHES if "tensor" in sizes), MESHES[-1]], ids=str)
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_experts_equal_one_device(sizes: dict[str, int], on_one_device: Any):
     c = architecture("qwen3_moe", heads_for(sizes))
     expected, expected_gradients = on_one_device(c)
