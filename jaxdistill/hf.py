@@ -121,7 +121,7 @@ def write(folder: Path, tensors: Source, hf: Mapping[str, Any], dtype: str | Non
     family = models.family(str(hf.get("model_type")))
     template = decoder.template(family.config(hf))
     _write_shards(folder, ((name, tensors[name].astype(DTYPES[dtype], copy=False)) for name in parts(template)))
-    spelled = getattr(family, "write_rope", write_rope)(hf)  # Gemma 3 has two of them
+    spelled = getattr(family, "write_config", write_rope)(hf)  # some families spell more in two ways
     written = {**spelled, "dtype": dtype, "torch_dtype": dtype}
     (folder / "config.json").write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 

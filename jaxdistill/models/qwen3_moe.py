@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from jaxdistill.errors import UserError
 from jaxdistill.models.attention import Attend
-from jaxdistill.models.config import Config, read_config
+from jaxdistill.models.config import Config, read_config, write_rope
 from jaxdistill.models.layers import PROJECTION_NAME, Angles, Projection, by_stretches, projection, rms_norm
 from jaxdistill.models.qwen3 import attended
 from jaxdistill.sharding import gather, relayout, spec, split_over
@@ -59,6 +59,12 @@ def config(hf: Mapping[str, Any]) -> Config:
     )
     normed = bool(hf.get("norm_topk_prob", False))
     return dataclasses.replace(c, experts=experts, experts_per_token=chosen, normed_choice=normed)
+
+
+def write_config(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with RoPE and the number of experts spelled so that transformers 4 and 5 read the same."""
+    experts = hf.get("num_experts", hf.get("num_local_experts"))
+    return {**write_rope(hf), "num_experts": experts, "num_local_experts": experts}
 
 
 def block(
