@@ -16,7 +16,7 @@ from orbax.checkpoint.type_handlers import NumpyHandler
 
 from jaxdistill import checkpoint, checkpoint_store, hf, integrity, lora, weights
 from jaxdistill.errors import UserError
-from jaxdistill.hf_tensors import Part, Source, Stacked, Tensors, check, parts, read_part
+from jaxdistill.hf_tensors import Source, Stacked, Tensors, check, homes, read_layer
 from jaxdistill.models import decoder
 from jaxdistill.models.config import Config
 
@@ -112,16 +112,16 @@ def _reader(state: Path, tree: str, template: Any) -> Callable[[int, Any], np.nd
 def write(phase: Path, tensors: Source, template: decoder.Params, dtype: Any) -> None:
     """Writes tensors as the checkpoint of step 0 of a phase's folder, in our layout, one at a time."""
     declared, tree = jax.tree.flatten(template, is_leaf=weights.is_declared)
-    homes: dict[int, list[tuple[str, list[Part], Part]]] = {leaf: [] for leaf in range(len(declared))}
-    for name, held in parts(template).items():
-        for part in held:
-            homes[part.leaf].append((name, held, part))
+    pieces = homes(template)
 
     def unread(leaf: int) -> _Unread:
-        def read(i: int) -> np.ndarray:
-            return np.ascontiguousarray(read_part(tensors, *homes[leaf][i])).astype(dtype, copy=False)
+        stacked = declared[leaf].dims.startswith("L")
 
-        return _Unread(declared[leaf].shape, np.dtype(dtype), declared[leaf].dims.startswith("L"), read)
+        def read(i: int) -> np.ndarray:
+            values = read_layer(tensors, pieces[leaf, i if stacked else None])
+            return np.ascontiguousarray(values).astype(dtype, copy=False)
+
+        return _Unread(declared[leaf].shape, np.dtype(dtype), stacked, read)
 
     params = jax.tree.unflatten(tree, [unread(leaf) for leaf in range(len(declared))])
     state = {checkpoint_store.RESULT: params}

@@ -16,7 +16,7 @@ from jaxtyping import Int
 
 from jaxdistill import models, sharding, weights
 from jaxdistill.errors import UserError
-from jaxdistill.hf_tensors import INDEX, Source, Stacked, Tensors, check, parts, read_json, read_part
+from jaxdistill.hf_tensors import INDEX, Source, Stacked, Tensors, check, homes, parts, read_json, read_layer
 from jaxdistill.models import decoder
 from jaxdistill.models.config import Config, write_rope
 
@@ -44,7 +44,7 @@ def dtype_of(hf: Mapping[str, Any]) -> str:
 
 
 def load(folder: Path, dtype: Any = np.float32) -> tuple[decoder.Params, Config]:
-    """Reads a model in storage layout on the current mesh; the host holds one tensor of one layer at a time.
+    """Reads a model in storage layout on the current mesh; the host holds one weight of one layer at a time.
 
     Args:
       dtype: of the weights in memory; float32 holds bfloat16 and float16 checkpoints exactly.
@@ -65,20 +65,19 @@ def load_tensors(tensors: Source, template: Any, dtype: Any = np.float32, layer:
     """
     stacked: dict[int, jax.Array] = {}
     declared, tree = jax.tree.flatten(template, is_leaf=weights.is_declared)
-    for name, held in parts(template).items():
-        for part in held:
-            if layer is not None and part.layer != layer:
-                continue
-            w = part.weight
-            own = w.dims.removeprefix("L")
-            values = sharding.put(read_part(tensors, name, held, part).astype(dtype), own, sharding.STORAGE)
-            if part.layer is None or layer is not None:
-                stacked[part.leaf] = values
-                continue
-            if part.leaf not in stacked:
-                layout = sharding.spec(w.dims, sharding.STORAGE)
-                stacked[part.leaf] = jnp.zeros(w.shape, dtype, out_sharding=layout)
-            stacked[part.leaf] = _fill(stacked[part.leaf], values, part.layer)
+    for (leaf, i), pieces in homes(template).items():
+        if layer is not None and i != layer:
+            continue
+        w = declared[leaf]
+        own = w.dims.removeprefix("L")
+        values = sharding.put(read_layer(tensors, pieces).astype(dtype), own, sharding.STORAGE)
+        if i is None or layer is not None:
+            stacked[leaf] = values
+            continue
+        if leaf not in stacked:
+            layout = sharding.spec(w.dims, sharding.STORAGE)
+            stacked[leaf] = jnp.zeros(w.shape, dtype, out_sharding=layout)
+        stacked[leaf] = _fill(stacked[leaf], values, i)
     return jax.tree.unflatten(tree, [stacked[leaf] for leaf in range(len(declared))])
 
 
@@ -122,7 +121,7 @@ def write(folder: Path, tensors: Source, hf: Mapping[str, Any], dtype: str | Non
     family = models.family(str(hf.get("model_type")))
     template = decoder.template(family.config(hf))
     _write_shards(folder, ((name, tensors[name].astype(DTYPES[dtype], copy=False)) for name in parts(template)))
-    spelled = getattr(family, "write_rope", write_rope)(hf)  # Gemma 3 has two of them
+    spelled = getattr(family, "write_config", write_rope)(hf)  # some families spell more in two ways
     written = {**spelled, "dtype": dtype, "torch_dtype": dtype}
     (folder / "config.json").write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 

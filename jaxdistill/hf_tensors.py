@@ -92,11 +92,15 @@ def _safe_open(path: Path) -> Any:
 
 
 class Part(NamedTuple):
-    """What one weight contributes to a tensor: rows that begin at `start`, of one layer where layers are stacked."""
+    """What one weight contributes to a tensor: rows that begin at `start`, of one layer where layers are stacked.
+
+    And of one expert, where those are stacked too.
+    """
 
     weight: weights.Declared
     leaf: int  # the weight's place among the leaves of the template
     layer: int | None
+    expert: int | None
     start: int
 
     @property
@@ -113,18 +117,36 @@ def parts(template: Any) -> dict[str, list[Part]]:
         start = ends[w.hf_name]
         ends[w.hf_name] += w.hf_shape[0]
         for layer in range(w.shape[0]) if w.dims.startswith("L") else [None]:
-            name = w.hf_name if layer is None else w.hf_name.format(layer)
-            found.setdefault(name, []).append(Part(w, leaf, layer, start))
+            for expert in range(w.shape[1]) if w.per_expert else [None]:
+                name = w.hf_name.format(layer, expert)
+                found.setdefault(name, []).append(Part(w, leaf, layer, expert, start))
     return found
 
 
-def read_part(tensors: Source, name: str, held: list[Part], part: Part) -> np.ndarray:
+Piece = tuple[str, list[Part], Part]  # a tensor's name, all that lies in it, and what of it is meant
+
+
+def homes(template: Any) -> dict[tuple[int, int | None], list[Piece]]:
+    """Where each layer of each weight lies, by leaf and layer: in one tensor, or in one an expert."""
+    found: dict[tuple[int, int | None], list[Piece]] = {}
+    for name, held in parts(template).items():
+        for part in held:
+            found.setdefault((part.leaf, part.layer), []).append((name, held, part))
+    return found
+
+
+def read_layer(tensors: Source, pieces: list[Piece]) -> np.ndarray:
     """One layer of a weight, in our layout."""
+    read = [_read_part(tensors, *piece) for piece in pieces]
+    return read[0] if pieces[0][2].expert is None else np.stack(read)
+
+
+def _read_part(tensors: Source, name: str, held: list[Part], part: Part) -> np.ndarray:
     values = tensors[name] if len(held) == 1 else tensors.rows(name, part.start, part.stop)
     w = part.weight
     sizes = dict(zip(w.dims, w.shape, strict=True))
-    axes = {letter: sizes[letter] for letter in w.layer_dims.split()}
-    return rearrange(values, f"{w.hf_dims} -> {w.layer_dims}", **axes)
+    axes = {letter: sizes[letter] for letter in w.tensor_dims.split()}
+    return rearrange(values, f"{w.hf_dims} -> {w.tensor_dims}", **axes)
 
 
 class Stacked:
@@ -136,6 +158,7 @@ class Stacked:
 
     def __init__(self, template: Any, read: Callable[[int, Any], np.ndarray]):
         self._parts, self._read = parts(template), read
+        self._experts: tuple[tuple[int, int | None], np.ndarray] | None = None  # the weight and layer read last
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor, without reading the data."""
@@ -143,12 +166,17 @@ class Stacked:
 
     def __getitem__(self, name: str) -> np.ndarray:
         pieces = [
-            rearrange(
-                self._read(p.leaf, ... if p.layer is None else p.layer), f"{p.weight.layer_dims} -> {p.weight.hf_dims}"
-            )
-            for p in self._parts[name]
+            rearrange(self._tensor(p), f"{p.weight.tensor_dims} -> {p.weight.hf_dims}") for p in self._parts[name]
         ]
         return np.ascontiguousarray(pieces[0] if len(pieces) == 1 else np.concatenate(pieces))
+
+    def _tensor(self, p: Part) -> np.ndarray:
+        if p.expert is None:
+            return self._read(p.leaf, ... if p.layer is None else p.layer)
+        place = (p.leaf, p.layer)  # experts are asked for one after the other, and read together
+        if self._experts is None or self._experts[0] != place:
+            self._experts = place, self._read(p.leaf, p.layer)
+        return self._experts[1][p.expert]
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """A part of a tensor, by its first dimension."""

@@ -29,7 +29,7 @@ class MeshConfig:
     data: int | None = None  # replicas of the weights, the batch is split; by default what the other axes leave
     fsdp: int = 1  # weights and batch are split (ZeRO-3)
     context: int = 1  # the positions of a row are split, and the weights further
-    tensor: int = 1  # heads, mlp and vocabulary are split (Megatron)
+    tensor: int = 1  # heads, mlp (or whole experts) and vocabulary are split (Megatron)
 
     def __post_init__(self):
         for axis in MESH_AXES:
@@ -70,6 +70,7 @@ class MeshConfig:
 # A letter that is absent from a table is replicated.
 STORAGE: Mapping[str, MeshAxes] = {
     "V": "tensor",
+    "E": "tensor",
     "D": ("fsdp", "context"),
     "F": "tensor",
     "N": "tensor",
@@ -80,6 +81,7 @@ COMPUTE: Mapping[str, MeshAxes] = {
     "P": ("data", "fsdp"),
     "T": "context",
     "p": "context",
+    "E": "tensor",
     "F": "tensor",
     "N": "tensor",
     "K": "tensor",

@@ -30,16 +30,26 @@ zeros = Initializer(0.0, 0.0)
 class Declared:
     """One weight before it exists: its letters, shape, initial values and Hugging Face home."""
 
-    dims: str  # letters of docs/shapes.md; a leading L stacks the layers
+    dims: str  # letters of docs/shapes.md; a leading L stacks the layers, LE the experts of each
     shape: tuple[int, ...]
     init: Initializer
-    hf_name: str  # "{}" stands for the layer
+    hf_name: str  # "{}" stands for the layer, a second one for the expert
     hf_dims: str  # the layout there, einops style: "(N H) D"
 
     @property
     def layer_dims(self) -> str:
-        """The letters of one layer's tensor, spaced as einops wants them."""
+        """The letters of one layer's weight, spaced as einops wants them."""
         return " ".join(self.dims.removeprefix("L"))
+
+    @property
+    def tensor_dims(self) -> str:
+        """The same of one tensor in the Hugging Face file: of one expert, where a layer's are stacked."""
+        return " ".join(self.dims[self.hf_name.count("{}") :])
+
+    @property
+    def per_expert(self) -> bool:
+        """Whether each expert has a tensor of its own."""
+        return self.hf_name.count("{}") == 2
 
     @property
     def hf_shape(self) -> tuple[int, ...]:
@@ -61,7 +71,7 @@ class Declared:
 
 def weight(dims: str, hf_name: str, hf_dims: str | None = None, init: Initializer = normal) -> Any:
     """Declares a weight as a dataclass field. Without `hf_dims` Hugging Face lays it out as we do."""
-    own = " ".join(dims.removeprefix("L"))
+    own = " ".join(dims[hf_name.count("{}") :])
     return dataclasses.field(metadata={"dims": dims, "hf_name": hf_name, "hf_dims": hf_dims or own, "init": init})
 
 

@@ -67,6 +67,7 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
     "phi3": {"sliding_window": 48},
     "gemma2": {**_GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
     "gemma3_text": _GEMMA,
+    "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "norm_topk_prob": True},
 }
 
 
@@ -227,10 +228,10 @@ def write_folder(folder: Path, hf: dict[str, Any], params: decoder.Params, c: Co
     tensors = {}
     declared = jax.tree.leaves(decoder.template(c), is_leaf=weights.is_declared)
     for w, value in zip(declared, jax.tree.leaves(params), strict=True):
-        stacked = w.dims.startswith("L")
-        for i, layer in enumerate(value if stacked else value[None]):
-            host = rearrange(layer, f"{w.layer_dims} -> {w.hf_dims}")
-            name = w.hf_name.format(i) if stacked else w.hf_name
+        levels = w.hf_name.count("{}")  # layers, experts
+        for index in np.ndindex(value.shape[:levels]):
+            host = rearrange(value[index], f"{w.tensor_dims} -> {w.hf_dims}")
+            name = w.hf_name.format(*index)
             beside = [tensors[name]] if name in tensors else []  # Phi-3's, one after another
             tensors[name] = np.ascontiguousarray(np.concatenate([*beside, host]))
     safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -238,6 +239,22 @@ def write_folder(folder: Path, hf: dict[str, Any], params: decoder.Params, c: Co
     if with_tokenizer:
         tokenizer().save_pretrained(str(folder))
     return folder
+
+
+def of_each_expert(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Tensors as files have them, where transformers holds those of all experts as one in memory."""
+    found = {}
+    for name, values in tensors.items():
+        before, fused, kind = name.partition(".experts.")
+        if not fused:
+            found[name] = values
+            continue
+        parts = {kind: values}
+        if kind == "gate_up_proj":
+            parts = dict(zip(("gate_proj", "up_proj"), np.split(values, 2, axis=1), strict=True))
+        for part, of_all in parts.items():
+            found |= {f"{before}.experts.{i}.{part}.weight": one for i, one in enumerate(of_all)}
+    return found
 
 
 def largest_relative_difference(found: Any, expected: Any) -> float:

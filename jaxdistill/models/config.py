@@ -1,4 +1,4 @@
-"""The numbers that define a dense decoder, read from a Hugging Face `config.json` of either schema."""
+"""The numbers that define a decoder, read from a Hugging Face `config.json` of either schema."""
 
 import dataclasses
 import math
@@ -28,12 +28,12 @@ class Rope:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Architecture of a dense decoder; letters of docs/shapes.md in the comments."""
+    """Architecture of a decoder; letters of docs/shapes.md in the comments."""
 
     model_type: str  # Hugging Face's name, and the file of models/ that implements it
     vocab: int  # V
     embed: int  # D
-    mlp: int  # F
+    mlp: int  # F, or f of each expert
     layers: int  # L
     heads: int  # N
     kv_heads: int  # K
@@ -42,6 +42,9 @@ class Config:
     rope: Rope
     tied: bool  # the embedding is the head too
     max_positions: int  # the longest document the model was made for
+    experts: int = 0  # E, the MLPs that a layer chooses from for each token; 0: it has one, for all
+    experts_per_token: int = 1  # that are chosen
+    normed_choice: bool = False  # the chosen experts' probabilities are divided by their sum
     windowed: tuple[bool, ...] = ()  # of each layer, whether its queries see `window` keys at most; empty: none
     window: int = 0  # keys, a query's own the last of them
     local_rope: Rope | None = None  # of windowed layers, where it is another
@@ -61,7 +64,7 @@ class Config:
             "V": self.vocab,
             "D": self.embed,
             "M": self.embed,
-            "F": self.mlp,
+            **({"E": self.experts, "f": self.mlp} if self.experts else {"F": self.mlp}),
             "L": self.layers,
             "N": self.heads,
             "K": self.kv_heads,
@@ -69,9 +72,15 @@ class Config:
         }
 
     @property
+    def active_mlp(self) -> int:
+        """Hidden features of the MLP that a token sees, of all of its experts together."""
+        return self.mlp * self.experts_per_token
+
+    @property
     def matmul_weights(self) -> tuple[int, int]:
-        """Weights that every token is multiplied with: of all layers, and of the head."""
-        per_layer = self.embed * self.head_dim * (2 * self.heads + 2 * self.kv_heads) + 3 * self.embed * self.mlp
+        """Weights that a token is multiplied with, its chosen experts' alone: of all layers, and of the head."""
+        attention = self.embed * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        per_layer = attention + self.embed * (3 * self.active_mlp + self.experts)
         return self.layers * per_layer, self.vocab * self.embed
 
     def forward_attention_flops(self, attended: Any) -> Any:

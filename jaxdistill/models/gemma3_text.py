@@ -47,7 +47,7 @@ def config(hf: Mapping[str, Any]) -> Config:
     return dataclasses.replace(c, local_rope=local_rope)
 
 
-def write_rope(hf: Mapping[str, Any]) -> dict[str, Any]:
+def write_config(hf: Mapping[str, Any]) -> dict[str, Any]:
     """The config with RoPE spelled for transformers 4 and 5, as models/config.py's for the other families."""
     full, local = (_spelled(hf, "full_attention"), _spelled(hf, "sliding_attention"))
     scaling = {key: value for key, value in full.items() if key != "rope_theta"}

@@ -60,7 +60,7 @@ def template(c: LoraConfig, model: decoder.Params) -> dict[str, Adapter]:
     """The adapters of a model, declared: a random, b zero, so that they add nothing at first.
 
     Raises:
-      UserError: a pattern is the name of no matrix.
+      UserError: a pattern is the name of no matrix, or of experts.
     """
     blocks = {field.name: getattr(model.blocks, field.name) for field in dataclasses.fields(model.blocks)}
     matrices = {field: w for field, w in blocks.items() if w.init.stddev > 0}
@@ -70,6 +70,11 @@ def template(c: LoraConfig, model: decoder.Params) -> dict[str, Adapter]:
             f"lora.weights: {', '.join(unknown)} names no matrix; they are {', '.join(sorted(set(modules.values())))}"
         )
     chosen = [field for field, name in modules.items() if any(fnmatch.fnmatch(name, p) for p in c.weights)]
+    if of_experts := [modules[field] for field in chosen if matrices[field].per_expert]:
+        raise UserError(
+            f"lora.weights {' '.join(c.weights)} names {', '.join(of_experts)}; adapters of experts are not "
+            "implemented: set it to *self_attn.*_proj"
+        )
     return {field: _adapter(matrices[field], c.rank) for field in chosen}
 
 

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from jaxdistill import chips, weights
 from jaxdistill.errors import UserError
+from jaxdistill.models.config import Config
 from jaxdistill.models.layers import PROJECTION_NAME, Projection, matmul, projection
 from jaxdistill.sharding import einsum, gather, spec
 from jaxdistill.weights import Weight
@@ -48,6 +49,19 @@ def check(matmul_dtype: MatmulDtype, device: Any) -> None:
     """
     if reason := unavailable(matmul_dtype, device):
         raise UserError(f"step.matmul_dtype {matmul_dtype}: {reason}; use compute, the default")
+
+
+def check_model(matmul_dtype: MatmulDtype, c: Config) -> None:
+    """Refuses models most of whose products would stay in compute dtype.
+
+    Raises:
+      UserError: the model has experts, and the dtype has 8 bits.
+    """
+    if matmul_dtype != "compute" and c.experts:
+        raise UserError(
+            f"{matmul_dtype} for the weights of a {c.model_type}: experts in 8 bits are not implemented; use compute, "
+            "the default (step.matmul_dtype in training, weight_dtype in sampling)"
+        )
 
 
 def describe(matmul_dtype: MatmulDtype, device: Any) -> str:

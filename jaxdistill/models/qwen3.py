@@ -41,10 +41,17 @@ def block(
     x: Float[Array, "B T D"], w: Block, angles: Angles, attend: Attend, c: Config, project: Projection = projection
 ) -> tuple[Float[Array, "B T D"], Any]:
     """One layer. Returns its output and whatever `attend` keeps (a cache when sampling)."""
+    x, kept = attended(x, w, angles, attend, c, project)
+    return x + swiglu(rms_norm(x, w.mlp_norm, c.norm_eps), w, project), kept
+
+
+def attended(
+    x: Float[Array, "B T D"], w: Any, angles: Angles, attend: Attend, c: Config, project: Projection
+) -> tuple[Float[Array, "B T D"], Any]:
+    """The first half of a layer."""
     h = rms_norm(x, w.attn_norm, c.norm_eps)
     q = rms_norm(project("BTD,DNH->BTNH", h, w.w_q), w.q_norm, c.norm_eps)
     k = rms_norm(project("BTD,DKH->BTKH", h, w.w_k), w.k_norm, c.norm_eps)
     v = project("BTD,DKH->BTKH", h, w.w_v)
     out, kept = attend(apply_rope(q, angles), apply_rope(k, angles), v)
-    x = x + project("BTNH,NHD->BTD", out, w.w_o)
-    return x + swiglu(rms_norm(x, w.mlp_norm, c.norm_eps), w, project), kept
+    return x + project("BTNH,NHD->BTD", out, w.w_o), kept

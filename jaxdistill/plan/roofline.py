@@ -129,10 +129,10 @@ def estimate(
     per_device = tokens / (hardware.devices / mesh["tensor"])
     # A norm reads and writes x, the residual stream is read and written, the gate reads two and writes one; the
     # backward pass does twice that, and the forward pass again where it is recomputed
-    elementwise = per_device * c.layers * (8 * c.embed + 3 * c.mlp / mesh["tensor"]) * 2 * (3 + again)
+    elementwise = per_device * c.layers * (8 * c.embed + 3 * c.active_mlp / mesh["tensor"]) * 2 * (3 + again)
     if matmul_dtype != "compute":  # what is multiplied, and in the backward pass its gradients, are read and rounded
-        inputs = 2 * c.embed + (c.heads * c.head_dim + c.mlp) / mesh["tensor"]
-        outputs = 2 * c.embed + ((c.heads + 2 * c.kv_heads) * c.head_dim + 2 * c.mlp) / mesh["tensor"]
+        inputs = 2 * c.embed + (c.heads * c.head_dim + c.active_mlp) / mesh["tensor"]
+        outputs = 2 * c.embed + ((c.heads + 2 * c.kv_heads) * c.head_dim + 2 * c.active_mlp) / mesh["tensor"]
         elementwise += per_device * c.layers * (2 + 1) * ((1 + again) * inputs + outputs)
     bandwidth = chip.memory_bandwidth / chip.devices * share.memory
     return Estimate(

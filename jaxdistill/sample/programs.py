@@ -64,7 +64,11 @@ def per_layer(params: decoder.Params, c: Config, dtype: Any, weight_dtype: Matmu
     Args:
       weight_dtype: what the layers' matrices are stored in. All else stays in compute dtype: the embedding, the head,
         norms and biases.
+
+    Raises:
+      UserError: 8 bits, and a model with experts.
     """
+    quantized.check_model(weight_dtype, c)
 
     def stored(w: Array, declared: weights.Declared) -> Array:
         return jax.sharding.reshard(w, spec(declared.layer_dims.replace(" ", ""), sharding.STORAGE))

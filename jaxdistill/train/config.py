@@ -11,6 +11,7 @@ from jaxdistill.checkpoint import base_of
 from jaxdistill.checkpoint_store import RETENTION, Retention
 from jaxdistill.errors import UserError
 from jaxdistill.evaluate.live import LiveConfig
+from jaxdistill.models import quantized
 from jaxdistill.models.attention import Attention, backends
 from jaxdistill.models.config import Config
 from jaxdistill.models.context import ContextExtension
@@ -124,6 +125,7 @@ def check_fits(config: TrainConfig, c: Config, mesh: Mapping[str, int], device: 
         raise UserError(f"row_tokens {config.row_tokens} is not a multiple of twice mesh.context {mesh['context']}")
     sharding.check_divisible(c.sizes(), mesh)
     step = config.step
+    quantized.check_model(step.matmul_dtype, c)
     attention = Attention(backend=backends.choose(step.attention, device.platform), context=step.context)
     backends.check(attention, c, mesh, rows, config.row_tokens, step.compute_dtype, device)
     return attention

@@ -136,6 +136,21 @@ def test_other_families_equal_one_device(model_type: str, remat: decoder.Remat, 
     tiny.assert_trees_close(gradients, expected_gradients, 1e-5)
 
 
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_experts_equal_one_device(sizes: dict[str, int], on_one_device: Any):
+    c = architecture("qwen3_moe", heads_for(sizes))
+    expected, expected_gradients = on_one_device(c)
+    found, gradients = loss_and_gradients(c, "matmuls" if "fsdp" in sizes else "full", sizes)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    tiny.assert_trees_close(gradients, expected_gradients, 1e-5)
+
+
+def test_experts_that_the_mesh_cannot_split():
+    c = tiny.config("qwen3_moe", num_experts=6, num_attention_heads=8, num_key_value_heads=8)
+    with pytest.raises(UserError, match=r"does not fit: E = 6 is not a multiple of 8 .tensor. "):
+        sharding.check_divisible(c.sizes(), MeshConfig(tensor=8).sizes())
+
+
 def two_steps(
     sizes: dict[str, int], accumulate: int, noise: float = 0.0, row_order: Any = slice(None)
 ) -> tuple[list[float], Any]:

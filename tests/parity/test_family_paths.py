@@ -17,7 +17,7 @@ from jaxdistill.sample.engine import Engine, EngineConfig
 from jaxdistill.sample.request import Request, SamplingConfig
 from jaxdistill.train.step import loss_sum
 
-FAMILIES = ("mistral", "phi3", "gemma2", "gemma3_text", "olmo2")
+FAMILIES = ("mistral", "phi3", "gemma2", "gemma3_text", "olmo2", "qwen3_moe")
 LENGTHS = (101, 70)  # of documents, tokens; windows are 48 keys
 
 
@@ -63,12 +63,14 @@ def test_gradients_of_a_packed_row_are_those_of_its_documents_in_transformers(fo
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(gradients)]
     ours = Stacked(decoder.template(c), lambda leaf, index: leaves[leaf][index])
     assert float(found) == pytest.approx(wanted, rel=1e-5)
-    expected = {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
+    expected = tiny.of_each_expert({name: parameter.grad.numpy() for name, parameter in model.named_parameters()})
     tiny.assert_trees_close({name: ours[name] for name in expected}, expected, 1e-4)
 
 
 def test_sampled_tokens_are_the_likeliest_of_the_packed_forward(folder: Path):
-    """Prompts that end within, at and past the window, in pages that the window leaves behind."""
+    """And of transformers. Prompts end within, at and past the window, in pages that the window leaves behind."""
+    import torch
+
     prompts = [tuple(document.tokens.tolist()) for document in tiny.documents((30, 48, 90), vocab=96)]
     with tiny.mesh(), jax.default_matmul_precision("highest"):
         params, c = hf.load(folder)
@@ -81,6 +83,9 @@ def test_sampled_tokens_are_the_likeliest_of_the_packed_forward(folder: Path):
         for i, prompt in enumerate(prompts):
             rows[i, : len(prompt) + 24] = [*prompt, *outputs[str(i)]]
         logits = export_check.logits(params, rows, c)
+    with torch.no_grad():
+        of_transformers = theirs(folder)(torch.from_numpy(rows.astype(np.int64))).logits.numpy()
     for i, prompt in enumerate(prompts):
         here = slice(len(prompt) - 1, len(prompt) + 23)
         assert outputs[str(i)] == tuple(logits[i, here].argmax(-1).tolist())
+        assert outputs[str(i)] == tuple(of_transformers[i, here].argmax(-1).tolist())

@@ -34,9 +34,11 @@ def files(folder: Path) -> dict[str, bytes]:
     return {name: value.tobytes() for name, value in safetensors.numpy.load_file(folder / "model.safetensors").items()}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_there_and_back_again(tmp_path: Path, dtype: str):
-    folder = source(tmp_path / "hf", dtype=dtype)
+@pytest.mark.parametrize(
+    ("model_type", "dtype"), [("phi3", "float32"), ("phi3", "bfloat16"), ("qwen3_moe", "bfloat16")]
+)
+def test_there_and_back_again(tmp_path: Path, model_type: str, dtype: str):
+    folder = source(tmp_path / "hf", model_type, dtype)
     import_model.main(ImportConfig(workdir=tmp_path / "imported", model=folder))
     written = json.loads((tmp_path / "imported" / "manifest.json").read_text())
     assert (written["command"], written["verified"]) == ("import", True)
