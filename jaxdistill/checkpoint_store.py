@@ -222,10 +222,23 @@ def _innermost(error: BaseException) -> str:
 
 
 def _forget_other_reads() -> None:
-    """Reads beside the one that failed may have failed too, and Python would print each that nobody asked about."""
-    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    """Waits for the reads beside the one that failed.
+
+    Orbax ends its event loop under them. Each tells Python, which would print what nobody asked about, at any time.
+    """
+    hook, seen = sys.unraisablehook, [0]
+
+    def count(_: Any) -> None:
+        seen[0] += 1
+
+    sys.unraisablehook = count
     try:
-        gc.collect()
+        for _ in range(8):
+            before = seen[0]
+            gc.collect()
+            time.sleep(0.25)
+            if seen[0] == before:
+                break
     finally:
         sys.unraisablehook = hook
 

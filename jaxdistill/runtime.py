@@ -38,9 +38,9 @@ def start(join: bool = False, launched: float | None = None) -> None:
 
     Args:
       join: the other processes of the job, if it has any; otherwise this one is on its own.
-      launched: when this process was, seconds since the epoch.
+      launched: when this process was, seconds since the epoch; of a command that joins.
     """
-    if launched is not None:
+    if join and launched is not None:
         _launch[:] = [launched]
     if not jax.config.values["jax_compilation_cache_dir"]:
         base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))

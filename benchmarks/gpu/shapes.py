@@ -107,7 +107,7 @@ def _needed(case: Case) -> float:
         "matmuls": 2 * c.embed + 2 * (c.heads + c.kv_heads) * c.head_dim + 2 * c.mlp,
         "attention": c.embed + c.heads * c.head_dim,
     }.get(case.remat, c.embed)
-    parameters = sum(c.matmul_weights) + (0 if c.tied else c.vocab * c.embed)
+    parameters = sum(c.stored_matmul_weights) + (0 if c.tied else c.vocab * c.embed)
     in_layer = 2 * case.row_tokens * (10 * c.embed + 4 * min(1.0, 32_768 / case.row_tokens) * c.mlp)
     return _STATE_BYTES * parameters + 2 * c.layers * case.row_tokens * width + in_layer + 3 * GIB
 

@@ -79,8 +79,16 @@ class Config:
     @property
     def matmul_weights(self) -> tuple[int, int]:
         """Weights that a token is multiplied with, its chosen experts' alone: of all layers, and of the head."""
+        return self._matmul_weights(self.active_mlp)
+
+    @property
+    def stored_matmul_weights(self) -> tuple[int, int]:
+        """As `matmul_weights`, but of all experts: what devices gather, and reduce gradients of."""
+        return self._matmul_weights(self.mlp * max(self.experts, 1))
+
+    def _matmul_weights(self, mlp: int) -> tuple[int, int]:
         attention = self.embed * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-        per_layer = attention + self.embed * (3 * self.active_mlp + self.experts)
+        per_layer = attention + self.embed * (3 * mlp + self.experts)
         return self.layers * per_layer, self.vocab * self.embed
 
     def forward_attention_flops(self, attended: Any) -> Any:

@@ -196,8 +196,8 @@ def expected_collectives(
     """
     fsdp, context, tensor = mesh["fsdp"], mesh["context"], mesh["tensor"]
     local = tokens // (mesh["data"] * fsdp)  # positions of a device's rows, whole
-    weights, again = sum(c.matmul_weights) // tensor * 2, RECOMPUTED[remat][0]
-    in_8_bits = c.matmul_weights[0] // tensor * (matmul_dtype != "compute")
+    weights, again = sum(c.stored_matmul_weights) // tensor * 2, RECOMPUTED[remat][0]
+    in_8_bits = c.stored_matmul_weights[0] // tensor * (matmul_dtype != "compute")
     found = []
     for share, group in ((1, fsdp), (fsdp, context)):
         if group > 1:

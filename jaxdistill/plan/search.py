@@ -168,5 +168,5 @@ def _expected_bytes(c: Config, config: TrainConfig, sizes: dict[str, int]) -> fl
     gradients = 4 * weights.count(decoder.template(c))
     state = (_state_bytes(c, config) + gradients) / shards
     saved = c.layers * positions * c.embed * 2 * _SAVED_WIDTHS[config.step.remat]
-    gathered = 2 * 2 * max(c.matmul_weights[0] / c.layers, c.matmul_weights[1]) / sizes["tensor"]
+    gathered = 2 * 2 * max(c.stored_matmul_weights[0] / c.layers, c.stored_matmul_weights[1]) / sizes["tensor"]
     return state + saved + gathered

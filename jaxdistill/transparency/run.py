@@ -10,7 +10,7 @@ from jaxdistill.transparency.index import Answer, Work, indicators
 
 # Commands as manifests name them, of which none is reinforcement learning, and none but a collected journey searches
 _OF_DATA = ("curate", "collect", "reformat", "import", "select", "translate", "mix", "examples")
-STAGES = frozenset({"demo", *_OF_DATA, "train", "evaluate", "compare", "sample", "export", "launch"})
+STAGES = frozenset({"demo", *_OF_DATA, "train", "evaluate", "compare", "sample", "export", "launch", "fit"})
 _ASKING = ("collect", "reformat", "translate")  # those that a teacher answers
 _PUBLIC = "a run folder cannot show that something is public: give its address"
 

@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import json
 import os
-import resource
 import shutil
 import sqlite3
 import subprocess
@@ -39,14 +38,16 @@ def answered(log: Path) -> collections.Counter[str]:
     return collections.Counter(entry["body_sha256"] for entry in entries if entry["status"] == 200)
 
 
-def command(config: CollectConfig, **options: Any) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own."""
+def command(config: CollectConfig, file_bytes: int | None = None) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, whose files may grow to so many bytes."""
     teacher = config.teacher
     words = [f"--problems={config.problems}", f"--workdir={config.workdir}", f"--teacher.base-url={teacher.base_url}"]
     words += ["--teacher.profile=local", f"--teacher.max-tokens={teacher.max_tokens}"]
     words += [f"--teacher.in-flight={teacher.in_flight}", f"--workers={config.workers}", "--teacher.backoff-s=0.02"]
     run = [sys.executable, "-m", "jaxdistill", "collect", *words]
-    return subprocess.run(run, capture_output=True, text=True, timeout=120, **options)
+    if file_bytes is not None:
+        run = ["sh", "-c", f'ulimit -f {file_bytes // 512} && exec "$@"', "sh", *run]
+    return subprocess.run(run, capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.parametrize(
@@ -125,12 +126,8 @@ def test_garbage_is_no_answer_and_is_printed_without_moving_the_cursor(tmp_path:
 def test_a_file_that_may_not_grow_ends_the_run_with_one_message(tmp_path: Path):
     with running_teacher() as base_url:
         config = config_for(tmp_path, base_url, count=150)
-
-        def limited() -> None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (5 << 20, 5 << 20))
-
         config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, max_tokens=32_768))
-        done = command(config, preexec_fn=limited)  # 12 MB are to be set aside
+        done = command(config, file_bytes=5 << 20)  # 12 MB are to be set aside
         assert done.returncode == 1
         assert "Traceback" not in done.stderr
         assert "no room could be set aside for 32 answers" in done.stderr

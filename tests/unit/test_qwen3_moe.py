@@ -78,6 +78,7 @@ def test_only_chosen_experts_count_as_work():
     c, wider = tiny.config("qwen3_moe"), tiny.config("qwen3_moe", num_experts=16)
     D, per_layer = c.embed, c.embed * c.head_dim * 2 * (c.heads + c.kv_heads)
     assert c.matmul_weights == (2 * (per_layer + 3 * 3 * D * 24 + 8 * D), 96 * D)
+    assert c.stored_matmul_weights == (2 * (per_layer + 8 * 3 * D * 24 + 8 * D), 96 * D), "all eight are gathered"
     assert wider.flops_per_token(10) - c.flops_per_token(10) == 6 * 2 * 8 * D, "the router alone is wider"
 
 
