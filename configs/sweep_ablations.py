@@ -1,4 +1,4 @@
-"""What each part of the recipe is worth, on the demo's task: five variants, three seeds, 1,200 chains each, 15 runs.
+"""What each part of the recipe is worth, on the demo's task: five variants, three seeds, 1,900 chains each, 15 runs.
 
     jaxdistill sweep configs/sweep_ablations.py
 
@@ -39,7 +39,7 @@ def config() -> SweepConfig:
             Variant(name="no_verification", phases=(FIRST, phase("unverified"))),
             Variant(name="shorter_chains", phases=(FIRST, phase("shorter"))),
         ),
-        data_sizes=(1200,),
+        data_sizes=(1900,),
         seeds=(0, 1, 2),
         train=TrainConfig(
             workdir=Path("runs/sweep_ablations"),

@@ -70,7 +70,8 @@ class SweepConfig:
             raise UserError("seeds are none; expected one or more")
         if self.epochs and any(phases[-1].steps for phases in (self.train.phases, *(v.phases for v in self.variants))):
             raise UserError("epochs are an axis, but the last phase is given steps, which win; leave one of them out")
-        if self.evaluate.asks or len(self.evaluate.model) != 1:
+        several = self.evaluate.thinking_limits or self.evaluate.waits
+        if self.evaluate.asks or several or len(self.evaluate.model) != 1:
             raise UserError(
                 "a sweep evaluates the model of each run and nothing else; expected one model to stand for it"
             )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy.stats
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -18,7 +19,7 @@ from jaxdistill.progress import say
 from jaxdistill.sweep import figure, law
 from jaxdistill.sweep.law import CONFIDENCE, SIZES, Interval
 
-_DOUBTFUL = 0.05  # p of the lack of fit, below which the law is said not to hold
+_DOUBTFUL = 0.05  # p below which chance is not believed in
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,7 +103,9 @@ def main(config: FitConfig) -> list[Result]:
       UserError: the table lacks a column, or has too few runs or sizes for a law.
     """
     groups = _groups(config)
-    results = [_result(config, name, *map(np.array, points)) for name, points in groups.items()]
+    largest = max(max(xs) for xs, _ in groups.values())
+    beyond = np.array(config.extrapolate or (2 * largest, 10 * largest))
+    results = [_result(config, beyond, name, *map(np.array, points)) for name, points in groups.items()]
     y = _y_name(config)
     laws = {result.name: result.to_json() for result in results}
     form = f"{y} = floor + scale * {config.x}**-exponent"
@@ -171,19 +174,17 @@ def _groups(config: FitConfig) -> Mapping[str, tuple[list[float], list[float]]]:
     return groups
 
 
-def _result(config: FitConfig, name: str, x: np.ndarray, y: np.ndarray) -> Result:
+def _result(config: FitConfig, beyond: np.ndarray, name: str, x: np.ndarray, y: np.ndarray) -> Result:
     where = f"{config.table}{f', {config.by} {name}' if config.by else ''}"
     try:
         found = law.fit(x, y, config.relative, config.resamples, config.seed)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    if np.corrcoef(np.log(x), y)[0, 1] > 0:
+    if np.ptp(y) and scipy.stats.linregress(np.log(x), y, alternative="greater").pvalue < _DOUBTFUL:  # type: ignore[attr-defined]
         raise UserError(f"{where}: {config.y} grows with {config.x}, and the law falls; fit what falls, such as error")
-    beyond = config.extrapolate or (2 * float(x.max()), 10 * float(x.max()))
-    curve = found.curve(np.array(beyond))
     predictions = tuple(
         Prediction(x=at, law=said, run=found.new_runs(at, 1, config.seed))
-        for at, said in zip(beyond, curve, strict=True)
+        for at, said in zip(beyond.tolist(), found.curve(beyond), strict=True)
     )
     return Result(name=name, fit=found, predictions=predictions, check=_check(config, x, y))
 

@@ -213,7 +213,7 @@ def write_table(path: Path) -> None:
     sizes = [n for n in (100, 200, 400, 800, 1600) for _ in range(2)]
     noise = (0.99, 1.01)
     lines = [
-        {"model": model, "examples": n, "accuracy": 1 - (0.1 + n**-0.5 * scale * noise[i % 2])}
+        {"model": model, "examples": n, "accuracy": 1 - (0.1 + n**-0.5 * scale * noise[i % 2]), "right": float(n)}
         for model, scale in {"small": 2.0, "large": 1.0}.items()
         for i, n in enumerate(sizes)
     ]
@@ -240,9 +240,10 @@ def test_fit_says_what_a_table_says(tmp_path: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--x", "size"], "has no column 'size'; it has model, examples, accuracy"),
+        (["--x", "size"], "has no column 'size'; it has model, examples, accuracy, right"),
         (["--y", "model"], "no run has numbers for examples and model"),
         (["--resamples", "5"], "resamples is 5"),
+        (["--y", "right"], "right grows with examples, and the law falls; fit what falls"),
     ],
 )
 def test_fits_of_nothing_are_refused(
