@@ -9,7 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxdistill import hf, integrity, lora, manifest, sharding, weights
-from jaxdistill.checkpoint_store import FOLDER, RESULT, DamagedError, attempt, read_input
+from jaxdistill.checkpoint_store import FOLDER, RESULT, attempt, read_input, refuse
 from jaxdistill.errors import UserError
 from jaxdistill.models import decoder
 from jaxdistill.models.config import Config
@@ -110,8 +110,7 @@ def load_model(model: Path, step: int | None = None, dtype: Any = np.float32) ->
         items = ocp.args.Composite(state=ocp.args.PyTreeRestore(wanted, restore_args=layouts, partial_restore=True))
         place = model / FOLDER / str(step)
         read = attempt(place, lambda: manager.restore(step, args=items)["state"])
-    if damaged := integrity.changed(read, found.get("sums", {})):
-        raise DamagedError(f"{place} is not what was saved: {', '.join(damaged)}")
+    refuse(place, integrity.changed(read, found.get("sums", {})))
     if adapters is None:
         return read[result], config
     base, _ = load_model(adapted(model, found), found["lora"]["step"], dtype)

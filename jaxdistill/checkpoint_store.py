@@ -131,8 +131,7 @@ class Checkpoints:
         if runtime.anywhere(found is None) or found is None:
             raise DamagedError(wrong)
         state, position = found["state"], found["input"]
-        if damaged := integrity.changed(state, position.pop("sums", {})):
-            raise DamagedError(f"{self._place(step)} is not what was saved: {', '.join(damaged)}")
+        refuse(self._place(step), integrity.changed(state, position.pop("sums", {})))
         return state, position
 
     def restore_newest(
@@ -212,6 +211,16 @@ def attempt(place: Path, read: Callable[[], Any]) -> Any:
         wrong = _innermost(error)
     _forget_other_reads()
     raise DamagedError(f"{place} cannot be read ({wrong})")
+
+
+def refuse(place: Path, changed: list[str]) -> None:
+    """Says that arrays of a checkpoint are not those that were saved, if there are any such.
+
+    Raises:
+      DamagedError: there are.
+    """
+    if changed:
+        raise DamagedError(f"{place} is not what was saved: {', '.join(changed)}")
 
 
 def _innermost(error: BaseException) -> str:

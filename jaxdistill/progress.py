@@ -16,6 +16,11 @@ def say(words: str | Text) -> None:
     Console(stderr=True, highlight=False, soft_wrap=True).print(words if isinstance(words, Text) else Text(words))
 
 
+def warn(console: Console, words: str) -> None:
+    """Tells a line that a person should look at, as it is; on a console that may be quiet."""
+    console.print(words, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
 class Progress(rich.progress.Progress):
     """rich's bars; where no terminal shows them, a line every half minute and one at the end of each task."""
 

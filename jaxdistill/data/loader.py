@@ -5,7 +5,6 @@ import functools
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, SupportsIndex
@@ -14,7 +13,7 @@ import grain
 import jax
 import numpy as np
 from jaxtyping import Int32, Int64
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from jaxdistill.data import packing, prepared
 from jaxdistill.data.dealing import Deal
@@ -142,9 +141,7 @@ def _packed(
     """The documents row after row, and where rows end, as `best_fit` packs them; kept in a file."""
     if not path.is_file():
         items, stops = row_after_row(packing.best_fit(lengths[kept].tolist(), row_tokens))
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        save_file({"items": kept[items].astype(np.int32), "stops": stops}, partial)
-        partial.replace(path)
+        prepared.save(path, {"items": kept[items].astype(np.int32), "stops": stops})
     found = load_file(path)
     return found["items"], found["stops"]
 

@@ -96,8 +96,13 @@ def write_part(path: Path, documents: Sequence[Document]) -> None:
         digest.update(f"{name} {len(array)} ".encode() + array.tobytes())
     largest = max(((int(d.tokens.max()), d.id) for d in documents), default=(-1, ""))
     facts = {"digest": digest.hexdigest(), "largest": str(largest[0]), "largest_id": largest[1]}
+    save(path, arrays, facts)
+
+
+def save(path: Path, arrays: dict[str, np.ndarray], facts: dict[str, str] | None = None) -> None:
+    """Writes arrays as a file that appears whole or not at all, also where another run writes the same."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")  # another run may write the same
+    partial = path.with_suffix(f".{os.getpid()}.partial")
     save_file(arrays, partial, facts)
     partial.replace(path)
 

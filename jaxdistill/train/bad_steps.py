@@ -66,7 +66,6 @@ class Guard:
 
     def __init__(self, config: BadStepsConfig, phase: str, folder: Path, writes: bool = True):
         self._config, self._phase, self._path, self._writes = config, phase, folder / "bad_steps.jsonl", writes
-        self.skipped = 0  # in this call
         self._in_a_row = 0
 
     def look(self, number: int, numbers: Mapping[str, float], learning_rate: float, ids: Sequence[str]) -> str:
@@ -92,7 +91,6 @@ class Guard:
         what += f" (usual: {usual:.3g}; learning rate {learning_rate:.3g})"
         self._write(number, loss, norm, usual, learning_rate, "skipped" if skips else "stopped", ids)
         if skips:
-            self.skipped += 1
             return f"{what}; its batch is skipped, its {len(ids)} documents are in {self._path}"
         many = f", and so were the {self._in_a_row - 1} before" if self._in_a_row > 1 else ""
         raise BadStepError(

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from jaxdistill.data import loader
 from jaxdistill.errors import PreemptedError
 from jaxdistill.evaluate.live import Live, numbers
 from jaxdistill.models.attention import Attention
-from jaxdistill.progress import Progress
+from jaxdistill.progress import Progress, warn
 from jaxdistill.train import profiling, watch
 from jaxdistill.train.bad_steps import Guard
 from jaxdistill.train.config import Phase, TrainConfig
@@ -164,17 +165,13 @@ class Loop:
             self.log,
             Guard(self.config.bad_steps, self.stage.name, self.stage.folder, runtime.leads()),
             show,
-            self.warn,
+            functools.partial(warn, self.console),
             optim.schedule(self.stage.phase.optim, self.stage.steps),
             flops_per_token=self.trained.flops_per_token(self.stage.rows.attended_tokens),
             peak_flops=jax.device_count() * self.peak_flops,
             every=self.config.log_every,
             last=self.stage.steps,
         )
-
-    def warn(self, words: str) -> None:
-        """Says what a person should look at."""
-        self.console.print(words, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
     def _next(self, batches: grain.DatasetIterator, steps_log: StepLog, first: bool) -> loader.Dealt:
         """The next batch; the wait for it counts where the devices are idle when it comes."""

@@ -1,6 +1,7 @@
 """Supervised fine-tuning in phases: the loop around the step that logs, saves and resumes."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -21,7 +22,7 @@ from jaxdistill.errors import LostHostError, RunError, UserError
 from jaxdistill.evaluate.live import Live
 from jaxdistill.models import quantized
 from jaxdistill.models.attention import backends
-from jaxdistill.progress import say
+from jaxdistill.progress import say, warn
 from jaxdistill.train import goodput, replay, watch
 from jaxdistill.train.config import TrainConfig, check_decontaminated, check_fits, read_architecture
 from jaxdistill.train.goodput import Goodput
@@ -215,7 +216,7 @@ class Run:
         kind = (stage.phase.optim.average_decay > 0, config.step.offload_moments, config.bad_steps.spike is not None)
         self.trained.read(model)
         like = abstract_state(self.trained.template, stage.optimizer, dtype, *kind)
-        found = checkpoints.restore_newest(like, self._warn, before)
+        found = checkpoints.restore_newest(like, functools.partial(warn, self.console), before)
         if found is None:
             return new_state(self.trained.first(model, dtype), stage.optimizer, config.seed, *kind), batches
         newest, state, stored = found
@@ -237,9 +238,6 @@ class Run:
             manifest.write_json(path, facts)
             self.console.print(f"{replay.in_words(facts)}\nall of it: {path}", highlight=False, soft_wrap=True)
         return facts
-
-    def _warn(self, words: str) -> None:
-        self.console.print(words, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
     def _describe_checkpoints(self, stage: Stage, checkpoints: Checkpoints) -> None:
         share = checkpoints.blocked_s / self.goodput.wall_s
