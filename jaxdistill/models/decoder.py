@@ -39,6 +39,13 @@ def template(c: Config) -> Params:
     return made
 
 
+def size(c: Config) -> str:
+    """How many parameters the model has and, where they are others, how many of them a token goes through."""
+    total = weights.count(template(c))
+    active = total - (c.stored_matmul_weights[0] - c.matmul_weights[0])
+    return f"{total:,} parameters" + (f", {active:,} of them active for a token" if c.experts else "")
+
+
 def head(params: Params) -> Weight:
     """The [V, D] matrix that turns hidden states into logits."""
     return params.embed if params.unembed is None else params.unembed

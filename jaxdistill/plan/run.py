@@ -12,7 +12,7 @@ from rich.table import Table
 from jaxdistill import manifest, sharding
 from jaxdistill.data import chat, loader
 from jaxdistill.errors import RunError, UserError
-from jaxdistill.models import quantized
+from jaxdistill.models import decoder, quantized
 from jaxdistill.models.config import Config
 from jaxdistill.plan import ahead, decoding, hardware, measured, roofline, search
 from jaxdistill.plan.collectives import Collective
@@ -88,6 +88,7 @@ def main(config: PlanConfig) -> list[Plan]:
     train = config.train
     base, c = read_architecture(train)
     console.print(f"{target}: {target.devices} devices of {target.device_memory / _GIB:.1f} GiB")
+    console.print(f"model: {decoder.size(c)}")
     devices: Any = ahead.devices(target)
     if config.decode:
         return _plan_decoding(config, c, target, devices, console)

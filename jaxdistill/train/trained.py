@@ -66,4 +66,4 @@ class Trained:
 
     def __str__(self) -> str:
         added = f" and {weights.count(self.template):,} of adapters, which are trained" if self.lora else ""
-        return f"{weights.count(self._model):,} parameters{added}"
+        return f"{decoder.size(self.c)}{added}"

@@ -82,6 +82,23 @@ def test_only_chosen_experts_count_as_work():
     assert wider.flops_per_token(10) - c.flops_per_token(10) == 6 * 2 * 8 * D, "the router alone is wider"
 
 
+def test_total_and_active_parameters_of_qwen3_30b_a3b():
+    c = tiny.config(
+        "qwen3_moe",
+        vocab_size=151_936,
+        hidden_size=2048,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        num_experts=128,
+        num_experts_per_tok=8,
+        moe_intermediate_size=768,
+    )
+    assert decoder.size(c) == "30,532,122,624 parameters, 3,353,032,704 of them active for a token"
+    assert decoder.size(tiny.config("qwen3")).endswith(" parameters"), "all of a dense model's are"
+
+
 def test_adapters_of_experts_are_refused():
     model = decoder.template(tiny.config("qwen3_moe"))
     with pytest.raises(UserError, match=r"experts.\{\}.gate_proj, .* not implemented: set it to \*self_attn"):
