@@ -1,9 +1,12 @@
-"""The paper's mathematics model: Qwen2.5-Math-72B in two phases, reformatted solutions and then distilled chains.
+r"""The paper's mathematics model: Qwen2.5-Math-72B in two phases, reformatted solutions and then distilled chains.
 
     jaxdistill train configs/paper_math72b.py
     jaxdistill plan configs/paper_math72b.py --hardware v5p:4x8x8
+    jaxdistill plan configs/paper_math72b.py --hardware h100x128 --train.mesh.fsdp 32 --train.mesh.context 1 \
+        --train.mesh.tensor 2 --documents 16
 
-Hardware: 256 TPU v5p chips (Google's v5p-512); planned, never run: 24.0 GiB of 95, MFU 53%. Qwen2.5-Math has 4,096
+Hardware: 256 TPU v5p chips (Google's v5p-512), or 128 H100 with the mesh of the last command (of `train`: --mesh.fsdp
+32 and so on); planned, never run: 24.0 GiB of 95 and MFU 53%, or 68.6 GiB of 79.1 and MFU 45%. Qwen2.5-Math has 4,096
 positions and the paper's answers average 8,016 tokens, so the context is extended to 32,768 with the RoPE base that
 Qwen2.5 uses for that length. The inputs are what `jaxdistill refine reformat`, `jaxdistill collect` and `jaxdistill
 examples` write. The paper gives neither learning rate nor epochs: these follow common practice.

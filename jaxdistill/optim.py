@@ -50,8 +50,11 @@ class OptimConfig:
         for name in ("b1", "b2", "average_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"optim.{name} is {getattr(self, name)}; expected 0 to less than 1")
-        if self.clip_norm <= 0:
-            raise UserError(f"optim.clip_norm is {self.clip_norm}; expected a positive number")
+        for name in ("eps", "clip_norm"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"optim.{name} is {getattr(self, name)}; expected a positive number")
+        if self.weight_decay < 0:
+            raise UserError(f"optim.weight_decay is {self.weight_decay}; expected 0 (none) or more")
 
 
 def schedule(c: OptimConfig, steps: int) -> Callable[[Any], Any]:

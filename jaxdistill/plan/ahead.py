@@ -105,9 +105,9 @@ def compile_step(config: TrainConfig, c: Config, mesh: jax.sharding.Mesh, docume
         template, phase = decoder.template(c), config.phases[0].optim
         optimizer = optim.make(phase, config.phases[0].steps or 1000, template)
         dtype, average = jnp.dtype(phase.state_dtype), phase.average_decay > 0
-        state = abstract_state(template, optimizer, dtype, average, config.step.offload_moments)
-        step: Any = make_step(config.step, attention, c, optimizer, phase.average_decay)
-        on_host = config.step.offload_moments
+        on_host, bad = config.step.offload_moments, config.bad_steps
+        state = abstract_state(template, optimizer, dtype, average, on_host, bad.spike is not None)
+        step: Any = make_step(config.step, attention, c, optimizer, phase.average_decay, bad=bad)
         if device.platform == "gpu" and on_host:
             step = cuda.with_moments_on_host(step)
         traced = step.trace(state, _batch(config))

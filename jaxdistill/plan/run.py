@@ -46,6 +46,9 @@ class PlanConfig:
     live_tokens: float | None = None  # positions a slot holds on average when decoding; by default half of positions
 
     def __post_init__(self):
+        for name in ("tokens", "document_tokens", "documents", "compiled", "positions", "live_tokens"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"{name} is {value}; expected 1 or more")
         if self.decode and (self.search or self.measured):
             raise UserError("decode does not go with search or measured: they are about training")
         if self.search and self.measured:

@@ -186,9 +186,29 @@ def test_two_accumulated_steps_equal_one_device(sizes: dict[str, int], noisy_ste
     tiny.assert_trees_close(params, noisy_steps_on_one_device[1], 2e-5)
 
 
-def test_loss_is_the_token_mean_whatever_the_accumulation():
+def test_noise_on_embeddings_is_uniform_and_of_the_size_that_neftune_gives_a_document():
+    c = architecture("qwen2", 2)
+    lengths = np.repeat([[4, 60], [64, 0]], [4, 60], axis=1).astype(np.int32)
+    with tiny.mesh(data=2):
+        placed = sharding.put(lengths, "BT")
+        first, again, other = (
+            train_step.neftune_noise(jax.random.key(seed), placed, 5.0, c, jnp.float32) for seed in (0, 0, 1)
+        )
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(np.corrcoef(np.ravel(first), np.ravel(other))[0, 1]) < 0.1
+    of_unit_size = np.asarray(first) / (5.0 / np.sqrt(np.maximum(lengths, 1) * c.embed))[..., None]
+    for length in (4, 60, 64):
+        found = of_unit_size[lengths == length].ravel()
+        assert np.abs(found).max() <= 1 + 1e-6
+        np.testing.assert_allclose(
+            np.quantile(found, [0.05, 0.25, 0.5, 0.75, 0.95]), [-0.9, -0.5, 0, 0.5, 0.9], atol=0.15
+        )
+
+
+def test_loss_is_the_token_mean_whatever_the_accumulation(noisy_steps_on_one_device: tuple[list[float], Any]):
     """Pieces hold different numbers of trained tokens, so a mean of their means would be another number."""
     expected, expected_params = two_steps({}, accumulate=1)
+    assert abs(noisy_steps_on_one_device[0][0] / expected[0] - 1) > 1e-3, "NEFTune's noise reaches the loss"
     shuffled = np.random.default_rng(0).permutation(ROWS)
     losses, params = two_steps({"data": 2}, accumulate=4, row_order=shuffled)
     np.testing.assert_allclose(losses, expected, rtol=2e-6)

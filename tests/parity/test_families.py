@@ -250,25 +250,28 @@ EXTENSIONS = {
     "theta": ContextExtension(positions=256, rope_theta=9_000.0),
     "yarn": ContextExtension(positions=256, yarn=True),
     "both": ContextExtension(positions=256, rope_theta=9_000.0, yarn=True),
+    "yarn, positions as they were": ContextExtension(positions=256, yarn=True),  # as Qwen's model cards tell people to
 }
 
 
 @pytest.fixture(scope="module")
 def extended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Exports of a model of 64 positions whose context was extended to 256; the tokens run over both."""
+    """Exports of a model of 64 positions whose context was extended to 256; the tokens run past 64."""
     folders = {}
     hf_config = tiny.hf_config("qwen2", max_position_embeddings=64)
     c = tiny.config("qwen2", max_position_embeddings=64)
     for name, extension in EXTENSIONS.items():
         folders[name] = tmp_path_factory.mktemp("extended") / name
+        kept = {"max_position_embeddings": 64} if "as they were" in name else {}
         with tiny.mesh():
-            hf.save(folders[name], tiny.put(tiny.values(c), c), extension.apply(hf_config))
+            hf.save(folders[name], tiny.put(tiny.values(c), c), extension.apply(hf_config) | kept)
     return folders
 
 
 @pytest.mark.parametrize("name", EXTENSIONS)
 def test_logits_past_the_old_limit_equal_those_of_transformers(name: str, extended: dict[str, Path]):
     wanted, found = theirs(extended[name]), ours(extended[name])
+    assert hf.read_config(extended[name])[0].max_positions == 256
     assert np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max()
     plain = tiny.config("qwen2", max_position_embeddings=64)
     assert np.abs(ours(extended[name], plain) - found)[:, 100:].max() > 0.01 * np.abs(wanted).max(), "RoPE has changed"

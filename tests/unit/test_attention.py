@@ -77,6 +77,17 @@ def test_keys_of_earlier_documents_are_not_read():
     assert np.isfinite(out[:, 64:]).all()
 
 
+def test_scores_of_a_whole_row_are_never_there():
+    T, N = 2048, 4
+    with tiny.mesh():
+        q, k, v, _ = (sharding.put(x, "BTNH") for x in draw(1, T, N, 2, 16))
+        segments = sharding.put(segment_ids([[1500, 548]], T), "BT")
+        loss = lambda q, k, v: jnp.sum(packed_attention(q, k, v, segments, REFERENCE))  # noqa: E731
+        program = jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(q, k, v)
+    largest = max(variable.aval.size for e in ahead.equations(program.jaxpr) for variable in e.outvars)
+    assert N * blockwise._QUERY_BLOCK * blockwise._KEY_BLOCK <= largest < N * T * T // 8, "those of two blocks are"
+
+
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("window", [2, 16, 37, 200])
 @pytest.mark.parametrize("cap", [None, 1.5])

@@ -50,6 +50,7 @@ def test_schedule_of_few_steps_is_positive(steps: int, warmup: float, kind: Any)
 
 
 OPTIMIZERS = ["adamw", "muon", "lion", "adafactor"]
+FACTORED = {"hidden_size": 128, "intermediate_size": 256}  # from 128 on, Adafactor keeps rows and columns
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -88,9 +89,9 @@ def test_moments_are_float32():
     assert {leaf.dtype for leaf in jax.tree.leaves(state) if jnp.ndim(leaf)} == {jnp.dtype(jnp.float32)}
 
 
-def updates_of(name: Any, mesh: dict[str, int], steps: int = 3) -> Any:
+def updates_of(name: Any, mesh: dict[str, int], steps: int = 3, **sizes: int) -> Any:
     """The last update of some steps with random gradients, on the host."""
-    c = tiny.config("qwen2")
+    c = tiny.config("qwen2", **sizes)
     optimizer = optim.make(OptimConfig(optimizer=name, peak_lr=0.1, clip_norm=1e9), 10, decoder.template(c))
     with tiny.mesh(**mesh):
         params = tiny.put(tiny.values(c), c)
@@ -105,7 +106,8 @@ def updates_of(name: Any, mesh: dict[str, int], steps: int = 3) -> Any:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_is_the_same_on_a_mesh(name: Any):
-    alone, sharded = updates_of(name, {}), updates_of(name, {"fsdp": 4, "tensor": 2})
+    sizes = FACTORED if name == "adafactor" else {}
+    alone, sharded = updates_of(name, {}, **sizes), updates_of(name, {"fsdp": 4, "tensor": 2}, **sizes)
     tiny.assert_trees_close(sharded, alone, 1e-5)
 
 
@@ -127,7 +129,7 @@ def test_lion_moves_every_weight_by_the_learning_rate():
 
 
 def test_adafactor_keeps_rows_and_columns_of_large_matrices():
-    c = tiny.config("llama", hidden_size=128, intermediate_size=256)
+    c = tiny.config("llama", **FACTORED)
     state = optim.make(OptimConfig(optimizer="adafactor"), 10, decoder.template(c)).init(tiny.values(c))
     kept = sum(leaf.size for leaf in jax.tree.leaves(state))
     assert kept < 0.6 * weights.count(decoder.template(c))
@@ -147,6 +149,8 @@ def test_a_pattern_that_names_no_weight_is_refused():
         ({"schedule": "wsd", "warmup_fraction": 0.9}, "warmup_fraction 0.9 and optim.decay_fraction 0.2 overlap"),
         ({"b2": 1.0}, "optim.b2 is 1.0; expected 0 to less than 1"),
         ({"clip_norm": 0.0}, "optim.clip_norm is 0.0; expected a positive number"),
+        ({"eps": 0.0}, "optim.eps is 0.0; expected a positive number"),
+        ({"weight_decay": -0.1}, "optim.weight_decay is -0.1; expected 0 .none. or more"),
     ],
 )
 def test_settings_that_make_no_sense(settings: dict[str, Any], message: str):

@@ -1,8 +1,10 @@
 """The training step of real models, compiled for slices of TPUs by their own compiler: memory and collectives."""
 
+import dataclasses
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import kernels
 import pytest
 import tiny
@@ -14,6 +16,7 @@ from jaxdistill.plan import ahead, hardware
 from jaxdistill.plan.ahead import Compiled
 from jaxdistill.plan.collectives import KINDS
 from jaxdistill.sharding import MeshConfig
+from jaxdistill.train.bad_steps import BadStepsConfig
 from jaxdistill.train.config import TrainConfig
 
 T = 32_768
@@ -56,6 +59,27 @@ def found(request: pytest.FixtureRequest) -> Found:
     )
     devices = ahead.devices(hardware.parse(case.hardware))
     return Found(case, c, ahead.compile_step(config, c, mesh.build(devices)))
+
+
+def test_the_step_skips_bad_batches_where_the_recipe_asks_for_it(monkeypatch: pytest.MonkeyPatch):
+    """It then holds the usual norm of gradients, and chooses for every weight and moment."""
+    programs: list[Any] = []
+
+    def caught(traced: Any, mesh: Any) -> Any:
+        programs.append(traced.jaxpr)
+        raise ahead.DoesNotFitError(None)
+
+    monkeypatch.setattr(ahead, "compile_for", caught)
+    c = tiny.config("qwen2")
+    plain = TrainConfig(workdir=Path("run"), model=Path("model"), row_tokens=64, batch_rows=1)
+    skipping = dataclasses.replace(plain, bad_steps=BadStepsConfig(policy="skip", spike=5.0))
+    for config in (plain, skipping):
+        with pytest.raises(ahead.DoesNotFitError):
+            ahead.compile_step(config, c, MeshConfig().build(jax.devices()[:1]))
+    of_plain, of_skipping = programs
+    assert len(of_skipping.in_avals) == len(of_plain.in_avals) + 1
+    chosen = [sum(e.primitive.name == "select_n" for e in ahead.equations(p.jaxpr)) for p in programs]
+    assert chosen[1] >= chosen[0] + 3 * len(jax.tree.leaves(tiny.values(c)))
 
 
 def test_fits_with_room_to_spare(found: Found):

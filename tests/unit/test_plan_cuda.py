@@ -30,6 +30,16 @@ QWEN3_8B: dict[str, Any] = {
     "head_dim": 128,
     "max_position_embeddings": 40_960,
 }
+QWEN_MATH_72B: dict[str, Any] = {
+    "vocab_size": 152_064,
+    "hidden_size": 8192,
+    "intermediate_size": 29_568,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 4096,
+}
 QWEN_7B: dict[str, Any] = {
     "vocab_size": 152_064,
     "hidden_size": 3584,
@@ -108,6 +118,18 @@ def test_an_8b_with_rows_of_half_a_million_tokens_on_one_gpu(tmp_path: Path):
     assert found.memory.total < 0.94 * 79.1 * GIB
     assert 160 * GIB < found.memory.host < 180 * GIB
     assert not found.collectives
+
+
+def test_the_papers_recipe_on_128(tmp_path: Path):
+    """With the mesh that its docstring names."""
+    recipe = runpy.run_path(str(CONFIGS / "paper_math72b.py"))["config"]()
+    (tmp_path / "config.json").write_text(json.dumps(tiny.hf_config("qwen2", **QWEN_MATH_72B)))
+    config = dataclasses.replace(recipe, model=tmp_path, mesh=MeshConfig(fsdp=32, tensor=2))
+    found = compiled(config, read_architecture(config)[1], "h100x128", documents=16)
+    assert found.memory.total < 70 * GIB
+    assert found.memory.host == 0
+    # Groups of two are those of tensor parallelism, and of data, which a device's own part of a gradient crosses
+    assert max(x.payload_bytes for x in found.collectives if x.kind == "all-reduce" and x.group > 2) < GIB / 1024
 
 
 def test_rows_of_131_072_on_a_node_by_ulysses(tmp_path: Path):

@@ -11,6 +11,7 @@ import tiny
 from jaxdistill.errors import UserError
 from jaxdistill.models.config import Config
 from jaxdistill.plan import hardware, search
+from jaxdistill.plan.run import PlanConfig
 from jaxdistill.plan.search import Candidate, OptimizerState
 from jaxdistill.train.config import TrainConfig
 
@@ -99,3 +100,21 @@ def test_what_does_not_come_out_even_or_does_not_fit_is_refused():
         candidates(recipe(), row_tokens=(30_000,))
     with pytest.raises(UserError, match="none fits by formula"):
         candidates(recipe(), target="v5e:2x2", states=("float32",))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"tokens": 0},
+        {"document_tokens": 0.0},
+        {"documents": 0},
+        {"compiled": 0},
+        {"positions": 0},
+        {"live_tokens": 0.0},
+    ],
+    ids=str,
+)
+def test_a_plan_of_nothing_is_refused(settings: dict[str, Any]):
+    [(name, value)] = settings.items()
+    with pytest.raises(UserError, match=f"^{name} is {value}; expected 1 or more"):
+        PlanConfig(train=recipe(), **settings)

@@ -13,16 +13,18 @@ import orbax.checkpoint as ocp
 import pytest
 import tiny
 
-from jaxdistill import hf, manifest, metrics, optim, runtime, weights
+from jaxdistill import export, hf, manifest, metrics, optim, runtime, weights
 from jaxdistill.checkpoint import load_model
-from jaxdistill.data import chat
-from jaxdistill.errors import UserError
+from jaxdistill.data import chat, loader
+from jaxdistill.data.packing import Batch
+from jaxdistill.errors import RunError, UserError
 from jaxdistill.models import decoder
 from jaxdistill.models.context import ContextExtension
 from jaxdistill.sharding import MeshConfig
 from jaxdistill.train import config as train_config
 from jaxdistill.train import loop as train_loop
 from jaxdistill.train import run as train
+from jaxdistill.train import step
 from jaxdistill.train.bad_steps import BadStepError, BadStepsConfig
 from jaxdistill.train.config import Phase, TrainConfig
 from jaxdistill.train.goodput import Goodput
@@ -83,9 +85,30 @@ def test_metrics_hold_every_step(trained: tuple[TrainConfig, Any]):
     assert rows[-1]["loss"] < rows[1]["loss"]
     assert rows[-1]["heldout_loss"] < rows[0]["heldout_loss"]
     assert all(row["tokens_per_s"] > 0 and row["mfu"] > 0 for row in rows[1:])
-    assert all(0 < row["padding_fraction"] < 1 and 0 <= row["flop_imbalance"] < 1 for row in rows[1:])
     assert list((config.workdir / "sft" / "tensorboard").iterdir())
     assert done["sft"]["heldout_loss"] == rows[-1]["heldout_loss"]
+
+
+def test_copies_that_differ_are_found_before_the_first_step(
+    tmp_path: Path, model: Path, examples: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As where hosts read different files: one of two devices that share rows has another token."""
+
+    def placed_apart(batch: Batch, accumulate: int) -> Batch:
+        placed = step.place(batch, accumulate)
+        parts = [np.array(shard.data) for shard in placed.tokens.addressable_shards]
+        parts[-1][..., 0] += 1
+        devices = [shard.device for shard in placed.tokens.addressable_shards]
+        arrays = [jax.device_put(part, device) for part, device in zip(parts, devices, strict=True)]
+        layout = placed.tokens.sharding
+        tokens = jax.make_array_from_single_device_arrays(placed.tokens.shape, layout, arrays)
+        return dataclasses.replace(placed, tokens=tokens)
+
+    monkeypatch.setattr(train_loop, "place", placed_apart)
+    config = small(tmp_path / "run", model, examples, mesh=MeshConfig(data=4, tensor=2))
+    with pytest.raises(RunError, match=r"batch.tokens: devices along tensor should hold the same values and do not"):
+        train.main(config)
+    assert metrics.read(config.workdir / "sft") == []
 
 
 def test_second_phase_starts_from_the_first(trained: tuple[TrainConfig, Any]):
@@ -156,6 +179,9 @@ def test_context_is_extended_in_the_run_and_in_what_it_leaves(tmp_path: Path, mo
     assert done["sft"]["rows"] < 8
     c, values = hf.read_config(tmp_path / "run" / "sft" / "base")
     assert (c.max_positions, c.rope.kind, c.rope.factor) == (512, "yarn", 2.0)
+    export.main(export.ExportConfig(workdir=tmp_path / "hf", model=tmp_path / "run" / "sft", verify=False))
+    exported, _ = hf.read_config(tmp_path / "hf")
+    assert exported == c
     assert values["max_position_embeddings"] == 512
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["context"]["positions"] == 512
     with pytest.raises(UserError, match=r"row_tokens is 512, .* made for 256 positions .* extend its context"):
@@ -167,12 +193,24 @@ def test_documents_longer_than_a_row_leave_a_receipt(tmp_path: Path, model: Path
     with path.open("a") as lines:
         messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "1" * 300}]
         lines.write(json.dumps({"id": "long", "messages": messages}) + "\n")
-    done = train.main(small(tmp_path / "run", model, path, steps=1))
+    pieces = StepConfig(compute_dtype="float32", accumulate=2)
+    config = small(tmp_path / "run", model, path, steps=1, batch_rows=16, step=pieces)
+    done = train.main(config)
     assert done["sft"]["dropped"] == 1
     [receipt] = map(json.loads, (tmp_path / "run" / "sft" / "dropped.jsonl").read_text().splitlines())
     assert receipt["id"] == "long"
     assert receipt["reason"] == "longer than a row"
     assert receipt["tokens"] > receipt["row_tokens"] == 128
+    # The last of the rows is not full, and costs less: what is logged of the step can be held against it
+    rows = loader.prepare(path, chat.load_tokenizer(model), 128, C.vocab, config.workdir / "prepared")
+    dealt = next(loader.batches(rows, config.batch_rows, 6, config.seed, config.deal_window))
+    lengths = dealt.batch.lengths  # of the document at each position
+    attention = 6 * C.layers * C.heads * C.head_dim * lengths.sum(-1, dtype=float)
+    costs = (6 * sum(C.matmul_weights) * 128 + attention).reshape(2, 8)  # a row on each device, twice
+    [logged] = metrics.read(config.workdir / "sft")
+    assert logged["padding_fraction"] == pytest.approx(np.mean(lengths == 0))
+    assert logged["flop_imbalance"] == pytest.approx(np.mean(costs.max(1) / costs.mean(1) - 1))
+    assert logged["flop_imbalance"] > 0
 
 
 def test_attention_plans_for_the_documents_of_the_fullest_row(tmp_path: Path, model: Path, examples: Path):
