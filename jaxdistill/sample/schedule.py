@@ -106,7 +106,8 @@ class Scheduler:
     def admit(self, shard: int) -> Sequence | None:
         """Gives the first in the queue a slot of this shard and pages for its context, if there are both.
 
-        Each request that runs there already keeps some pages to grow into, lest the newcomer be preempted soon.
+        Each request that runs there already keeps some pages to grow into, lest the newcomer be preempted soon; no more
+        than it may still need.
         """
         first = shard * self.shape.shard_slots
         free = next((i for i in range(first, first + self.shape.shard_slots) if self.slots[i] is None), None)
@@ -118,12 +119,10 @@ class Scheduler:
         sharable = 0 if sequence.request.prompt_logprobs else (len(context) - 1) // self.shape.page_tokens
         shared = pool.share(sequence.keys[:sharable])
         needed = self._pages(len(context)) - len(shared)
-        running = self.running(shard)
-        own = (
-            pool.take(needed)
-            if not running or needed + self.shape.spare_pages * len(running) <= pool.available
-            else None
+        kept = sum(
+            min(self.shape.spare_pages, self._pages_after(s, s.limit) - len(s.pages)) for s in self.running(shard)
         )
+        own = pool.take(needed) if needed + kept <= pool.available else None
         if own is None:
             pool.release(shared)
             return None
@@ -190,10 +189,12 @@ class Scheduler:
         return -(-positions // self.shape.page_tokens)
 
     def _missing(self, sequence: Sequence, steps: int) -> int:
-        prompt = len(sequence.request.prompt)
-        # A token that is drawn takes a position when the next one is; the last never does
         produced = min(len(sequence.said) + sequence.ahead + steps, sequence.limit)
-        return max(0, self._pages(prompt + produced - 1) - len(sequence.pages))
+        return max(0, self._pages_after(sequence, produced) - len(sequence.pages))
+
+    def _pages_after(self, sequence: Sequence, produced: int) -> int:
+        """Pages that a request holds once it said so many tokens: the last one takes no position, the others do."""
+        return self._pages(len(sequence.request.prompt) + produced - 1)
 
     def _append(self, sequence: Sequence, pages: list[int]) -> None:
         have = len(sequence.pages)

@@ -101,6 +101,15 @@ def test_the_youngest_gives_way_and_goes_on_where_it_was():
     assert schedule.admit(0) is young
 
 
+def test_a_request_that_cannot_grow_keeps_no_room_to_grow_into():
+    schedule = Scheduler(Shape(slots=3, positions=4 * PAGE, page_tokens=PAGE, pages=9))
+    for i in range(3):
+        schedule.add(request(f"{i}", [i] * (3 * PAGE + 1), 1 if i == 2 else PAGE))
+    assert schedule.admit(0) is not None
+    assert schedule.admit(0) is not None, "the first has all pages that it can fill"
+    assert schedule.admit(0) is None
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_every_request_ends_whatever_happens(seed: int):
     """Random prompts, some of them the same, lengths and cancellations, on two shards with too few pages."""
