@@ -85,9 +85,9 @@ def read(folder: Path) -> dict[str, Any]:
             waits.append(span)
     if not steps or not device:
         raise SystemExit(f"{folder}: expected steps of the engine and programs on a device; found neither or one")
-    wall = union(steps)
-    wall = [(wall[0][0], wall[-1][1])]
-    host, device = without(union(steps), union(waits)), union(device)
+    steps_apart, device = union(steps), union(device)
+    wall = [(steps_apart[0][0], steps_apart[-1][1])]
+    host = without(steps_apart, union(waits))
     alone = without(host, device)
     return {
         "steps": len(steps),

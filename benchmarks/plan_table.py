@@ -169,13 +169,14 @@ def main() -> None:
     cases: Sequence[Case] = [(name, target, int(row_tokens)) for name, target, row_tokens in parts] or CASES
     planned = {key(case) for case in read()} if asked.missing else set()
     versions = {k: v for k, v in manifest.versions().items() if k in ("python", "jax", "jaxlib", "libtpu", "tokamax")}
+    made_by = {"commit": manifest.commit(), "versions": versions}  # before the first row changes what is committed
     for name, target, row_tokens in cases:
         if (name, target, row_tokens) in planned:
             continue
         with tempfile.TemporaryDirectory() as folder:
             found = plan(name, target, row_tokens, Path(folder))
         print(json.dumps(found), flush=True)
-        write(found | {"commit": manifest.commit(), "versions": versions})
+        write(found | made_by)
     print(table(read()))
 
 
