@@ -17,11 +17,14 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from jaxdistill import integrity, runtime
-from jaxdistill.errors import RunError, UserError, disk_full
+from jaxdistill.errors import RunError, StuckError, UserError, disk_full
 
 FOLDER, _DAMAGED = "checkpoints", "damaged"
 RESULT = "params"  # the state's field that holds the weights, where a checkpoint names no other
+LIMIT_S = 1200.0  # Orbax's own time for a save
 _CHUNK_BYTES = 2**28  # of an array, which are read and written as one
+# Orbax measures its time for a save by the clock on the wall, which may jump by days; milliseconds of this fit 31 bits
+_ORBAX_LIMIT_S = 2_000_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,11 +61,16 @@ class DamagedError(RunError):
 
 
 class Checkpoints:
-    """The checkpoints of one phase: `checkpoints/<step>` under its folder, written in the background."""
+    """The checkpoints of one phase: `checkpoints/<step>` under its folder, written in the background.
 
-    def __init__(self, folder: Path, retention: Retention = RETENTION):
-        self._folder = folder
+    Args:
+      limit_s: seconds that writing one may take.
+    """
+
+    def __init__(self, folder: Path, retention: Retention = RETENTION, limit_s: float = LIMIT_S):
+        self._folder, self._limit_s = folder, limit_s
         self._keeps_best = retention.keep_best > 0
+        self._started: float | None = None  # when the save under way was, by the clock that never jumps
         self.blocked_s = 0.0  # seconds that saving has held up the caller
         self._manager = ocp.CheckpointManager(
             (folder / FOLDER).absolute(),
@@ -71,6 +79,7 @@ class Checkpoints:
                 best_fn=_heldout_loss if retention.keep_best else None,
                 best_mode="min",
                 cleanup_tmp_directories=True,  # of a save that was killed: nobody else would free its bytes
+                async_options=ocp.AsyncOptions(timeout_secs=_ORBAX_LIMIT_S),
             ),
         )
 
@@ -93,9 +102,10 @@ class Checkpoints:
 
         Raises:
           OSError: ENOSPC, before anything is written where it can be foreseen; earlier checkpoints stay usable.
+          StuckError: the save before is not written in its time.
         """
         with _failures_named(self._folder), self._blocking():
-            self._manager.wait_until_finished()  # its bytes count, and those of what it replaces are free again
+            self._wait()  # its bytes count, and those of what it replaces are free again
             needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))  # of all processes, so that all agree
             if shutil.disk_usage(self._folder).free < needed:
                 raise disk_full(self._folder)
@@ -106,6 +116,24 @@ class Checkpoints:
         saved = ocp.args.StandardSave(state, save_args(state))
         items = ocp.args.Composite(state=saved, input=ocp.args.JsonSave(input_position))
         self._manager.save(step, args=items, metrics=measured)
+        self._started = time.monotonic()
+
+    def _wait(self) -> None:
+        """Until the save under way is written.
+
+        That may be never: tensorstore starts no thread before the clock on the wall has passed the time at which it
+        started its last one, so that one that is set back by days lets a save wait for days.
+        """
+        while self._started is not None and self._manager.is_saving_in_progress():
+            if time.monotonic() - self._started > self._limit_s:
+                raise StuckError(
+                    f"{self._folder}: a checkpoint was not written in {self._limit_s:g} s; the storage hangs, or the "
+                    "clock was set back. Those before it are whole: run the same command again, with a larger "
+                    "save_limit_s if the storage is just slow"
+                )
+            time.sleep(0.01)
+        self._started = None
+        self._manager.wait_until_finished()
 
     @contextlib.contextmanager
     def _blocking(self) -> Iterator[None]:
@@ -177,7 +205,7 @@ class Checkpoints:
     def close(self) -> None:
         """Waits until everything is written. Raises as `save`."""
         with _failures_named(self._folder), self._blocking():
-            self._manager.wait_until_finished()
+            self._wait()
             self._manager.close()
 
 
@@ -266,14 +294,9 @@ def _reading_alone(phase: Path) -> ocp.CheckpointManager:
 
 @contextlib.contextmanager
 def _failures_named(folder: Path) -> Iterator[None]:
-    """Tensorstore's word for a full disk, as the operating system says it; what Orbax's time limit may mean."""
+    """Tensorstore's word for a full disk, as the operating system says it."""
     try:
         yield
-    except TimeoutError as error:  # Orbax goes by the clock on the wall
-        raise RunError(
-            f"{folder}: a checkpoint was not written in time ({error}); the storage hangs, or the clock has jumped. "
-            "Those before it are whole: run the same command again"
-        ) from None
     except ValueError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and os.strerror(errno.ENOSPC) not in str(error):
             raise

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import functools
 import importlib
+import os
 import runpy
 import sys
 import time
@@ -19,7 +20,7 @@ import tyro
 from rich.text import Text
 
 from jaxdistill import manifest
-from jaxdistill.errors import FAILED, MISTAKE, PREEMPTED, PreemptedError, RunError, UserError
+from jaxdistill.errors import FAILED, MISTAKE, PREEMPTED, PreemptedError, RunError, StuckError, UserError
 from jaxdistill.progress import say
 
 
@@ -214,6 +215,9 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(f"{error}", MISTAKE)
     except PreemptedError as error:
         _fail(f"{error}", PREEMPTED)
+    except StuckError as error:
+        _tell(f"{error}")
+        os._exit(FAILED)  # Python's own way out waits for every thread
     except RunError as error:
         _fail(f"{error}", FAILED)
     except OSError as error:
@@ -226,8 +230,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    say(Text.assemble(("error:", "bold red"), " ", message))
+    _tell(message)
     raise SystemExit(code)
+
+
+def _tell(message: str) -> None:
+    say(Text.assemble(("error:", "bold red"), " ", message))
 
 
 def _explain(error: OSError, workdir: Path | None) -> tuple[str, int]:

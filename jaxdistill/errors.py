@@ -23,6 +23,10 @@ class LostHostError(RunError):
     """Another process of the job has ended without a word; all are to be started again."""
 
 
+class StuckError(RunError):
+    """Something was given up that threads still wait for, perhaps for ever: the process must end without them."""
+
+
 def disk_full(place: Path) -> OSError:
     """A full disk as the operating system says it, for libraries that have words of their own."""
     return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(place))

@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxdistill import hf, manifest, models, sharding, tracking
 from jaxdistill.checkpoint import base_of
-from jaxdistill.checkpoint_store import RETENTION, Retention
+from jaxdistill.checkpoint_store import LIMIT_S, RETENTION, Retention
 from jaxdistill.errors import UserError
 from jaxdistill.evaluate.live import LiveConfig
 from jaxdistill.models import quantized
@@ -65,6 +65,7 @@ class TrainConfig:
     step: StepConfig = StepConfig()
     seed: int = 0  # of the order of rows, and of noise
     save_every: int = 100  # steps between checkpoints
+    save_limit_s: float = LIMIT_S  # seconds that writing one may take
     retention: Retention = RETENTION  # which of them stay, of each phase
     log_every: int = 1  # steps between rows of metrics
     track: tuple[tracking.Name, ...] = ("tensorboard",)  # who gets them besides metrics.jsonl: wandb and mlflow as well
@@ -79,8 +80,9 @@ class TrainConfig:
         for name in ("row_tokens", "batch_rows", "deal_window", "save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; expected 1 or more")
-        if self.silence_s <= 0:
-            raise UserError(f"silence_s is {self.silence_s}; expected more than 0")
+        for name in ("save_limit_s", "silence_s"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name} is {getattr(self, name)}; expected more than 0")
         if self.profile_steps is not None:
             profiling.span(self.profile_steps)
         tracking.check(self.track)

@@ -156,7 +156,7 @@ class Run:
             if self.heldout is not None:
                 loader.write_receipts(folder / "heldout_dropped.jsonl", self.heldout.rows.dropped)
             keep_base(self.base, folder, config.context)
-        checkpoints = Checkpoints(folder, config.retention)
+        checkpoints = Checkpoints(folder, config.retention, config.save_limit_s)
         log = metrics.MetricsLog(folder, self.leads, config.track)
         loop = Loop(
             config=config,

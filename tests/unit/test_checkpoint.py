@@ -17,7 +17,7 @@ import tiny
 from jaxdistill import checkpoint_tensors, integrity, optim
 from jaxdistill.checkpoint import base_of, keep_base, load_model
 from jaxdistill.checkpoint_store import Checkpoints, DamagedError, Retention, newest_input
-from jaxdistill.errors import UserError
+from jaxdistill.errors import StuckError, UserError
 from jaxdistill.models import decoder
 from jaxdistill.optim import OptimConfig
 from jaxdistill.train import step as train_step
@@ -123,6 +123,16 @@ def test_a_disk_that_fills_up_while_writing_is_named(tmp_path: Path, monkeypatch
             checkpoints.save(1, new_state(), {})
         assert caught.value.errno == errno.ENOSPC
         checkpoints.close()
+
+
+def test_a_save_that_is_not_written_in_its_time_is_waited_for_no_longer(tmp_path: Path):
+    with tiny.mesh():
+        state, checkpoints = new_state(), Checkpoints(tmp_path, limit_s=0.0)
+        checkpoints.save(1, state, {})
+        with pytest.raises(StuckError, match="not written in 0 s; the storage hangs, or the clock was set back"):
+            checkpoints.save(2, state, {})
+        with pytest.raises(StuckError):
+            checkpoints.close()
 
 
 def test_phase_without_checkpoints(phase: Path, tmp_path: Path):
