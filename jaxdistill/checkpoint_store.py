@@ -65,10 +65,13 @@ class Checkpoints:
 
     Args:
       limit_s: seconds that writing one may take.
+      read_only: whether the folder stays as it is, leftovers and damage included.
     """
 
-    def __init__(self, folder: Path, retention: Retention = RETENTION, limit_s: float = LIMIT_S):
-        self._folder, self._limit_s = folder, limit_s
+    def __init__(
+        self, folder: Path, retention: Retention = RETENTION, limit_s: float = LIMIT_S, read_only: bool = False
+    ):
+        self._folder, self._limit_s, self._read_only = folder, limit_s, read_only
         self._keeps_best = retention.keep_best > 0
         self._started: float | None = None  # when the save under way was, by the clock that never jumps
         self.blocked_s = 0.0  # seconds that saving has held up the caller
@@ -78,7 +81,8 @@ class Checkpoints:
                 preservation_policy=retention.policy(),
                 best_fn=_heldout_loss if retention.keep_best else None,
                 best_mode="min",
-                cleanup_tmp_directories=True,  # of a save that was killed: nobody else would free its bytes
+                create=not read_only,
+                cleanup_tmp_directories=not read_only,  # of a save that was killed: nobody else would free its bytes
                 async_options=ocp.AsyncOptions(timeout_secs=_ORBAX_LIMIT_S),
             ),
         )
@@ -167,7 +171,8 @@ class Checkpoints:
     ) -> tuple[int, Any, dict[str, Any]] | None:
         """The newest step that can be read back, and what `restore` gives; None where there is no checkpoint.
 
-        Damaged ones are told of and moved to the folder `damaged` beside `checkpoints`.
+        Damaged ones are told of and moved to the folder `damaged` beside `checkpoints`. Where the folder is to stay as
+        it is they are only told of, and are as if there were none.
 
         Args:
           before: only steps below this one, if it is given.
@@ -180,9 +185,9 @@ class Checkpoints:
             try:
                 return step, *self.restore(step, like)
             except DamagedError as error:
-                aside = self._set_aside(step)
-                tell(f"checkpoint damaged: {error}; moved to {aside}, and the one before it is looked at")
-        if steps:
+                now = "left there" if self._read_only else f"moved to {self._set_aside(step)}"
+                tell(f"checkpoint damaged: {error}; {now}, and the one before it is looked at")
+        if steps and not self._read_only:
             raise UserError(
                 f"{self._folder}: none of its checkpoints {sorted(steps)} can be read, and all are in {_DAMAGED} now; "
                 "put a good copy of one back, or run again to start this phase from its first step"

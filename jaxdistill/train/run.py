@@ -227,7 +227,7 @@ class Run:
     def replayed(self, wanted: str) -> dict[str, Any]:
         """Does the step "PHASE:STEP" again; what the run has written stays as it is."""
         stage, model, step = replay.find(self.stages, self.config.model, wanted)
-        checkpoints = Checkpoints(stage.folder, self.config.retention)
+        checkpoints = Checkpoints(stage.folder, read_only=True)
         try:
             state, batches = self.start(stage, checkpoints, model, before=step)
         finally:

@@ -15,6 +15,7 @@ import tiny
 
 from jaxdistill import export, hf, manifest, metrics, optim, runtime, weights
 from jaxdistill.checkpoint import load_model
+from jaxdistill.checkpoint_store import Retention
 from jaxdistill.data import chat, loader
 from jaxdistill.data.packing import Batch
 from jaxdistill.errors import RunError, UserError
@@ -287,20 +288,24 @@ def test_bad_batches_are_skipped_by_policy_and_named(tmp_path: Path, model: Path
     assert all(np.isfinite(w).all() for w in jax.tree.leaves(params))
 
 
-def test_a_recorded_step_is_replayed_to_the_bit(
+def test_a_recorded_step_is_replayed_to_the_bit_and_the_run_stays_as_it_is(
     tmp_path: Path, model: Path, examples: Path, capsys: pytest.CaptureFixture[str]
 ):
-    config = small(tmp_path / "run", model, examples)
+    config = small(tmp_path / "run", model, examples, retention=Retention(keep=3))
     train.main(config)
-    last = metrics.read(tmp_path / "run" / "sft")[-1]
-    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    train.main(dataclasses.replace(config, replay=f"sft:{last['step']}"))
-    assert "as it was recorded" in capsys.readouterr().err
-    facts = json.loads((tmp_path / "run" / "replays" / f"sft-{last['step']}.json").read_text())
+    kept, last = tmp_path / "run" / "sft" / "checkpoints", metrics.read(tmp_path / "run" / "sft")[-1]
+    (kept / "4" / "input" / "metadata").write_text("{")  # damaged: the one before is taken
+    (kept / "6.orbax-checkpoint-tmp").mkdir()  # of a save that was killed
+    before = {path: path.is_file() and path.read_bytes() for path in (tmp_path / "run").rglob("*")}
+    train.main(dataclasses.replace(config, replay="sft:6"))
+    told = capsys.readouterr().err
+    assert "checkpoint damaged" in told
+    assert "as it was recorded" in told
+    facts = json.loads((tmp_path / "run" / "replays" / "sft-6.json").read_text())
     assert (facts["loss"], facts["grad_norm"]) == (last["loss"], last["grad_norm"])
-    assert facts["from_step"] < last["step"]
+    assert (facts["from_step"], facts["step"], last["step"]) == (2, 6, 6)
     assert facts["documents"]
-    assert all(path.read_bytes() == content for path, content in before.items()), "the run stays as it was"
+    assert all(path.exists() and (path.is_file() and path.read_bytes()) == content for path, content in before.items())
     with pytest.raises(UserError, match="expected PHASE:STEP, of sft:1 to sft:"):
         train.main(dataclasses.replace(config, replay="sft:0"))
 
