@@ -2,9 +2,12 @@
 
 import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +17,7 @@ import pytest
 import tiny
 
 from jaxdistill.checkpoint import load_model
+from jaxdistill.checkpoint_store import Checkpoints
 
 SIZES: dict[str, Any] = {"vocab_size": 264, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
 HF, C = tiny.hf_config("qwen2", **SIZES), tiny.config("qwen2", **SIZES)
@@ -66,6 +70,24 @@ train.main(train.TrainConfig(workdir=workdir, model=model, phases=phases, row_to
                              mesh=sharding.MeshConfig(fsdp=2),
                              step=StepConfig(accumulate=2, compute_dtype="float32", neftune_alpha=5.0), save_every=3,
                              seed=5))
+"""
+
+
+SAVER = """
+import sys
+from pathlib import Path
+import jax, numpy as np
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 2)
+from jaxdistill.checkpoint_store import Checkpoints
+folder = Path(sys.argv[1])
+over_two = jax.sharding.NamedSharding(jax.make_mesh((2,), ("fsdp",)), jax.P("fsdp"))
+checkpoints = Checkpoints(folder)
+for step in range(1, 10**6):
+    weights = np.random.default_rng(step).random((3, 64, 32), np.float32)
+    checkpoints.save(step, {"a": jax.device_put(weights[0], over_two), "b": jax.device_put(weights[1:])}, {"at": step})
+    (folder / "new").write_text(str(step - 1))  # is whole by now
+    (folder / "new").rename(folder / "whole")
 """
 
 
@@ -147,3 +169,59 @@ def test_killed_and_restarted_run_gives_the_same_losses(
             resumed, _ = load_model(killed / phase)
         for a, b in zip(jax.tree.leaves(undisturbed), jax.tree.leaves(resumed), strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+def test_a_kill_at_any_moment_of_a_save_leaves_the_one_before_it(tmp_path: Path):
+    """What SIGKILL would leave at 20 random moments of a process that does nothing but save: its files while it stands.
+
+    The last one is killed for real; 20 that start would take minutes.
+    """
+    folder, rng = tmp_path / "phase", random.Random(11)
+    folder.mkdir()
+    unfinished, newest_steps = 0, []
+    with tiny.mesh() as mesh:
+        place = jax.NamedSharding(mesh, jax.P())
+        like = {
+            name: jax.ShapeDtypeStruct(shape, np.float32, sharding=place)
+            for name, shape in {"a": (64, 32), "b": (2, 64, 32)}.items()
+        }
+        with subprocess.Popen([sys.executable, "-c", SAVER, folder], env={**os.environ, "XLA_FLAGS": ""}) as process:
+            try:
+                for i in range(20):
+                    while not (folder / "whole").exists() or newest(folder) < 2:
+                        assert process.poll() is None
+                        time.sleep(0.1)
+                    time.sleep(rng.uniform(0, 0.3))
+                    process.send_signal(signal.SIGSTOP)
+                    while not stands(process.pid):
+                        time.sleep(0.001)
+                    left = shutil.copytree(folder, tmp_path / "left")
+                    process.send_signal(signal.SIGKILL if i == 19 else signal.SIGCONT)
+
+                    unfinished += any("tmp" in path.name for path in (left / "checkpoints").iterdir())
+                    told: list[str] = []
+                    again = Checkpoints(left)
+                    found = again.restore_newest(like, told.append)
+                    assert found is not None
+                    step, state, position = found
+                    assert not told
+                    assert int((left / "whole").read_text()) <= step == position["at"]
+                    expected = np.random.default_rng(step).random((3, 64, 32), np.float32)
+                    np.testing.assert_array_equal(state["a"], expected[0])
+                    np.testing.assert_array_equal(state["b"], expected[1:])
+                    again.save(step + 1, state, {"at": step + 1})
+                    again.close()
+                    assert newest(left) == step + 1, "in the place of what was left"
+                    assert not any("tmp" in path.name for path in (left / "checkpoints").iterdir())
+                    newest_steps.append(step)
+                    shutil.rmtree(left)
+            finally:
+                process.kill()
+    assert unfinished > 5
+    assert len(set(newest_steps)) > 5
+
+
+def stands(pid: int) -> bool:
+    """Whether all threads of a process are stopped."""
+    states = [(path / "stat").read_text().rpartition(")")[2].split()[0] for path in Path(f"/proc/{pid}/task").iterdir()]
+    return set(states) == {"T"}
