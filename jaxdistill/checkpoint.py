@@ -9,7 +9,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxdistill import hf, integrity, lora, manifest, sharding, weights
-from jaxdistill.checkpoint_store import FOLDER, RESULT, attempt, read_input, refuse
+from jaxdistill.checkpoint_damage import attempt, refuse
+from jaxdistill.checkpoint_store import FOLDER, RESULT, read_input
 from jaxdistill.errors import UserError
 from jaxdistill.models import decoder
 from jaxdistill.models.config import Config

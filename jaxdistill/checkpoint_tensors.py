@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 from orbax.checkpoint.type_handlers import NumpyHandler
 
-from jaxdistill import checkpoint, checkpoint_store, hf, integrity, lora, weights
+from jaxdistill import checkpoint, checkpoint_damage, checkpoint_store, hf, integrity, lora, weights
 from jaxdistill.errors import UserError
 from jaxdistill.hf_tensors import Source, Stacked, Tensors, check, homes, read_layer
 from jaxdistill.models import decoder
@@ -87,7 +87,7 @@ def check_sums(model: Path, step: int | None = None) -> None:
                 wrong += [name] * (sum_ != saved[name]["sum"])
         return wrong
 
-    checkpoint_store.refuse(place, checkpoint_store.attempt(place, changed))
+    checkpoint_damage.refuse(place, checkpoint_damage.attempt(place, changed))
 
 
 def _names(path: tuple[Any, ...]) -> list[str]:

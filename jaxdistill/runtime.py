@@ -5,7 +5,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -115,6 +115,17 @@ def anywhere(here: bool) -> bool:
     if not jax.distributed.is_initialized():
         return here
     return bool(np.any(multihost_utils.process_allgather(np.array(here))))
+
+
+def shared(numbers: Collection[int]) -> set[int]:
+    """Those that every process of the job has; each of them asks. They are 0 or more; the 16 largest of each count."""
+    if not jax.distributed.is_initialized():
+        return set(numbers)
+    mine = np.full(16, -1)
+    largest = sorted(numbers)[-16:]
+    mine[: len(largest)] = largest
+    found: Any = multihost_utils.process_allgather(mine)
+    return set.intersection(*(set(row.tolist()) for row in found)) - {-1}
 
 
 class Preemption:

@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxdistill import hf, manifest, models, sharding, tracking
 from jaxdistill.checkpoint import base_of
-from jaxdistill.checkpoint_store import LIMIT_S, RETENTION, Retention
+from jaxdistill.checkpoint_retention import FAST_TIER, LIMIT_S, RETENTION, FastTier, Retention
 from jaxdistill.errors import UserError
 from jaxdistill.evaluate.live import LiveConfig
 from jaxdistill.models import quantized
@@ -66,6 +66,7 @@ class TrainConfig:
     seed: int = 0  # of the order of rows, and of noise
     save_every: int = 100  # steps between checkpoints
     save_limit_s: float = LIMIT_S  # seconds that writing one may take
+    fast: FastTier = FAST_TIER  # others between them, on each host's own disk
     retention: Retention = RETENTION  # which of them stay, of each phase
     log_every: int = 1  # steps between rows of metrics
     track: tuple[tracking.Name, ...] = ("tensorboard",)  # who gets them besides metrics.jsonl: wandb and mlflow as well

@@ -66,6 +66,7 @@ class Loop:
     attention: Attention
     peak_flops: float  # FLOP/s of a device
     checkpoints: Checkpoints
+    fast: Checkpoints | None
     log: metrics.MetricsLog
     heldout: Heldout | None
     live: Live | None
@@ -133,6 +134,10 @@ class Loop:
                     steps_log.settle()  # a state is saved only after its loss was seen to be finite
                     loss = self._save(number, state, batches)
                     steps_log.restart_clock()
+                elif self.fast and number % config.fast.every == 0 and not runtime.anywhere(self.checkpoints.busy):
+                    steps_log.settle()
+                    self._write(self.fast, number, state, batches)
+                    steps_log.restart_clock()
                 if self.live and not preempted and (number % config.evaluate.every == 0 or number == last):
                     steps_log.settle()
                     self.evaluate(number, getattr(state, state.result_name))
@@ -146,11 +151,24 @@ class Loop:
         loss = None
         if self.config.retention.keep_best:
             loss = self.measure(number, getattr(state, state.result_name))
+        if self.fast:
+            with self.goodput.on("checkpoint"):
+                self.fast.wait()  # Orbax numbers its saves in one row, and is asked for one at a time
+        self._write(self.checkpoints, number, state, batches, loss)
+        return loss
+
+    def _write(
+        self,
+        place: Checkpoints,
+        number: int,
+        state: State,
+        batches: grain.DatasetIterator,
+        heldout_loss: float | None = None,
+    ) -> None:
         position = {"position": batches.get_state(), "origin": self.stage.origin, "result": state.result_name}
         with self.goodput.on("checkpoint"):
-            self.checkpoints.save(number, state, {**position, **self.beside}, loss)
+            place.save(number, state, {**position, **self.beside}, heldout_loss)
         self.goodput.saved(number)
-        return loss
 
     def _steps_log(self, bar: Progress, start: int) -> StepLog:
         task = bar.add_task(self.stage.name, total=self.stage.steps, completed=start, note="compiling")

@@ -5,7 +5,9 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+import shutil
+import uuid
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ from rich.console import Console
 
 from jaxdistill import chips, manifest, metrics, optim, runtime, sharding
 from jaxdistill.checkpoint import fingerprint, keep_base
-from jaxdistill.checkpoint_store import Checkpoints, newest_input
+from jaxdistill.checkpoint_retention import Retention
+from jaxdistill.checkpoint_store import Checkpoints, newest_input, restore_newest
 from jaxdistill.data import chat, loader
 from jaxdistill.errors import LostHostError, RunError, UserError
 from jaxdistill.evaluate.live import Live
@@ -157,6 +160,8 @@ class Run:
                 loader.write_receipts(folder / "heldout_dropped.jsonl", self.heldout.rows.dropped)
             keep_base(self.base, folder, config.context)
         checkpoints = Checkpoints(folder, config.retention, config.save_limit_s)
+        own = self._own_folder(stage)
+        fast = Checkpoints(own, Retention(keep=2), config.save_limit_s, own=True) if own else None
         log = metrics.MetricsLog(folder, self.leads, config.track)
         loop = Loop(
             config=config,
@@ -166,6 +171,7 @@ class Run:
             attention=self.attention,
             peak_flops=self.peak,
             checkpoints=checkpoints,
+            fast=fast,
             log=log,
             heldout=self.heldout,
             live=self.live,
@@ -176,7 +182,7 @@ class Run:
         )
         try:
             with self.goodput.on("start-up"):
-                state, batches = self.start(stage, checkpoints, model)
+                state, batches = self.start(stage, [checkpoints, *([fast] if fast else [])], model)
                 self.goodput.begin(stage.name, int(state.step))
             if not int(state.step):
                 loop.measure(0, state.params)
@@ -187,9 +193,15 @@ class Run:
                 heldout = loop.measure(stage.steps, getattr(state, state.result_name))
         finally:
             with self.goodput.on("checkpoint"):
+                if fast:
+                    fast.close()
                 checkpoints.close()
             log.close()
-        self._describe_checkpoints(stage, checkpoints)
+        if own:
+            # With what other processes of this host and earlier starts have left there
+            shutil.rmtree(own.parent, ignore_errors=True)
+        blocked_s = checkpoints.blocked_s + (fast.blocked_s if fast else 0)
+        self._describe_checkpoints(stage, blocked_s, checkpoints.best_step)
         return {
             "steps": stage.steps,
             "examples": len(rows.items),
@@ -200,8 +212,23 @@ class Run:
             "heldout_loss": heldout,
         }
 
+    def _own_folder(self, stage: Stage) -> Path | None:
+        """Where this process keeps fast checkpoints of a phase; no other run, schedule or process finds them there."""
+        if self.config.fast.folder is None:
+            return None
+        path = stage.folder / "fast"
+
+        def named() -> str:
+            if not path.is_file():
+                manifest.write_json(path, uuid.uuid4().hex)
+            return path.read_text(encoding="utf-8")
+
+        facts = runtime.first_alone(named) + json.dumps(stage.origin, sort_keys=True)
+        name = hashlib.sha256(facts.encode()).hexdigest()[:16]
+        return self.config.fast.folder / name / f"{jax.process_index()}-of-{jax.process_count()}"
+
     def start(
-        self, stage: Stage, checkpoints: Checkpoints, model: Path, before: int | None = None
+        self, stage: Stage, places: Sequence[Checkpoints], model: Path, before: int | None = None
     ) -> tuple[State, grain.DatasetIterator]:
         """The state of the newest good checkpoint and the input at its place, or a new state from `model`.
 
@@ -216,7 +243,7 @@ class Run:
         kind = (stage.phase.optim.average_decay > 0, config.step.offload_moments, config.bad_steps.spike is not None)
         self.trained.read(model)
         like = abstract_state(self.trained.template, stage.optimizer, dtype, *kind)
-        found = checkpoints.restore_newest(like, functools.partial(warn, self.console), before)
+        found = restore_newest(places, like, functools.partial(warn, self.console), before)
         if found is None:
             return new_state(self.trained.first(model, dtype), stage.optimizer, config.seed, *kind), batches
         newest, state, stored = found
@@ -229,7 +256,7 @@ class Run:
         stage, model, step = replay.find(self.stages, self.config.model, wanted)
         checkpoints = Checkpoints(stage.folder, read_only=True)
         try:
-            state, batches = self.start(stage, checkpoints, model, before=step)
+            state, batches = self.start(stage, [checkpoints], model, before=step)
         finally:
             checkpoints.close()
         facts = replay.again(self.config, self.trained, stage, self.attention, state, batches, step)
@@ -239,11 +266,11 @@ class Run:
             self.console.print(f"{replay.in_words(facts)}\nall of it: {path}", highlight=False, soft_wrap=True)
         return facts
 
-    def _describe_checkpoints(self, stage: Stage, checkpoints: Checkpoints) -> None:
-        share = checkpoints.blocked_s / self.goodput.wall_s
-        words = f"checkpoints of {stage.name}: held up {checkpoints.blocked_s:.1f} s ({share:.1%} of the time so far)"
-        if best := checkpoints.best_step:
-            words += f"; the lowest held-out loss was at step {best}"
+    def _describe_checkpoints(self, stage: Stage, blocked_s: float, best_step: int | None) -> None:
+        share = blocked_s / self.goodput.wall_s
+        words = f"checkpoints of {stage.name}: held up {blocked_s:.1f} s ({share:.1%} of the time so far)"
+        if best_step:
+            words += f"; the lowest held-out loss was at step {best_step}"
         self.console.print(words, soft_wrap=True)
 
     def _describe(self, stage: Stage, start: int) -> None:

@@ -17,7 +17,7 @@ import pytest
 import tiny
 
 from jaxdistill.checkpoint import load_model
-from jaxdistill.checkpoint_store import Checkpoints
+from jaxdistill.checkpoint_store import Checkpoints, restore_newest
 
 SIZES: dict[str, Any] = {"vocab_size": 264, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
 HF, C = tiny.hf_config("qwen2", **SIZES), tiny.config("qwen2", **SIZES)
@@ -201,7 +201,7 @@ def test_a_kill_at_any_moment_of_a_save_leaves_the_one_before_it(tmp_path: Path)
                     unfinished += any("tmp" in path.name for path in (left / "checkpoints").iterdir())
                     told: list[str] = []
                     again = Checkpoints(left)
-                    found = again.restore_newest(like, told.append)
+                    found = restore_newest([again], like, told.append)
                     assert found is not None
                     step, state, position = found
                     assert not told

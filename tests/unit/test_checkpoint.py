@@ -16,7 +16,9 @@ import tiny
 
 from jaxdistill import checkpoint_tensors, integrity, optim
 from jaxdistill.checkpoint import base_of, keep_base, load_model
-from jaxdistill.checkpoint_store import Checkpoints, DamagedError, Retention, newest_input
+from jaxdistill.checkpoint_damage import DamagedError
+from jaxdistill.checkpoint_retention import Retention
+from jaxdistill.checkpoint_store import Checkpoints, newest_input, restore_newest
 from jaxdistill.errors import StuckError, UserError
 from jaxdistill.models import decoder
 from jaxdistill.optim import OptimConfig
@@ -209,7 +211,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(how: str, p
         checkpoints = Checkpoints(folder)
         with pytest.raises(DamagedError, match="checkpoints/6"):
             checkpoints.restore(6, like)
-        found = checkpoints.restore_newest(like, told.append)
+        found = restore_newest([checkpoints], like, told.append)
         assert found is not None
         step, state, position = found
         assert (step, int(state.step), position) == (4, 4, {"at": 4})
@@ -230,9 +232,9 @@ def test_where_all_are_damaged_nothing_is_trained_anew_without_a_word(phase: Pat
     with tiny.mesh():
         like = train_step.abstract_state(decoder.template(C), OPTIMIZER, np.float32)
         checkpoints = Checkpoints(folder)
-        with pytest.raises(UserError, match=r"none of its checkpoints \[4, 6\] can be read, and all are in damaged"):
-            checkpoints.restore_newest(like, lambda _: None)
-        assert checkpoints.restore_newest(like, lambda _: None) is None
+        with pytest.raises(UserError, match=r"all are set aside now: .*damaged/6, .*damaged/4; put"):
+            restore_newest([checkpoints], like, lambda _: None)
+        assert restore_newest([checkpoints], like, lambda _: None) is None
         checkpoints.close()
 
 

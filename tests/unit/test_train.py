@@ -15,7 +15,7 @@ import tiny
 
 from jaxdistill import export, hf, manifest, metrics, optim, runtime, weights
 from jaxdistill.checkpoint import load_model
-from jaxdistill.checkpoint_store import Retention
+from jaxdistill.checkpoint_retention import FastTier, Retention
 from jaxdistill.data import chat, loader
 from jaxdistill.data.packing import Batch
 from jaxdistill.errors import RunError, UserError
@@ -145,6 +145,36 @@ def test_finished_run_is_left_as_it_is(trained: tuple[TrainConfig, Any]):
     before = [row["step"] for row in map(json.loads, log.read_text().splitlines()) if "loss" in row]
     assert train.main(config) == done
     assert [row["step"] for row in map(json.loads, log.read_text().splitlines()) if "loss" in row] == before
+
+
+def test_a_run_that_ends_goes_on_from_the_disk_of_its_host(
+    tmp_path: Path,
+    model: Path,
+    examples: Path,
+    trained: tuple[TrainConfig, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    fast = FastTier(folder=tmp_path / "disk", every=2)
+    config = small(tmp_path / "run", model, examples, save_every=100, fast=fast)
+    write = metrics.MetricsLog.write
+
+    def fail_at_six(self: metrics.MetricsLog, step: int, **values: Any) -> None:
+        if step == 6:
+            raise InterruptedError
+        write(self, step, **values)
+
+    monkeypatch.setattr(metrics.MetricsLog, "write", fail_at_six)
+    with pytest.raises(InterruptedError):
+        train.main(config)
+    monkeypatch.undo()
+    assert not list((tmp_path / "run" / "sft" / "checkpoints").iterdir())
+    train.main(config)
+    assert "resumed from step 4" in capsys.readouterr().err
+    rows = metrics.read(tmp_path / "run" / "sft")
+    undisturbed = metrics.read(trained[0].workdir / "sft")
+    assert [row["loss"] for row in rows if "loss" in row] == [row["loss"] for row in undisturbed if "loss" in row]
+    assert not list((tmp_path / "disk").iterdir()), "room is given back at the end of a phase"
 
 
 def test_a_phase_hands_on_the_average_of_its_weights(tmp_path: Path, model: Path, examples: Path):
