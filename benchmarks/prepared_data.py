@@ -89,7 +89,7 @@ def main() -> None:
         count = write_examples(path, options.examples, prepared.PART_BYTES)
         print(f"{count:,} examples, {path.stat().st_size / 1e9:.1f} GB", flush=True)
         tokenizer = chat.load_tokenizer(model)
-        parts, _ = prepared.plan(path, tokenizer, cache)
+        parts, *_ = prepared.plan(path, tokenizer, cache)
         stretch, first = parts[0]
         began = time.perf_counter()
         prepared.tokenize(path, tokenizer, stretch, first)

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxdistill import manifest
+from jaxdistill import manifest, sources
 from jaxdistill.errors import UserError
 
-Found = Literal["same", "changed", "missing"]  # what is on the disk now, compared with what was read
+Found = Literal["same", "changed", "missing", "remote"]  # what is there now; a URL is not looked at
 _BASE, _CHECKPOINTS = "base", "checkpoints"  # of a training phase's folder
 
 
@@ -174,6 +174,8 @@ def _stage(folder: Path, roots: tuple[Path, ...], fingerprint: Callable[[Path], 
 def _input(
     name: str, recorded: Any, folder: Path, roots: tuple[Path, ...], fingerprint: Callable[[Path], Any]
 ) -> Input:
+    if sources.is_remote(Path(name)):
+        return Input(recorded=name, path=Path(name), found="remote", maker=None)
     there = [path for path in _places(Path(name), folder, roots) if path.exists()]
     same = next((path for path in there if fingerprint(path) == recorded), None)
     path = same or (there[0] if there else Path(name))

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxdistill import sources
 from jaxdistill.errors import UserError
 from jaxdistill.records import SCHEMA
 
@@ -39,7 +40,7 @@ _EDGE_BYTES = 1 << 18  # read of each end of a file of weights
 
 def file_hash(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
+    with sources.open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -131,7 +132,12 @@ def write_config(workdir: Path, config: Any) -> None:
 def write_manifest(
     workdir: Path, command: str, inputs: Iterable[Path], counts: Mapping[str, Any], **facts: Any
 ) -> None:
-    """Writes `workdir/manifest.json`; input files are hashed, input folders by their file names and sizes."""
+    """Writes `workdir/manifest.json`; input files are hashed, input folders by their file names and sizes.
+
+    Args:
+      inputs: what was read; a mapping holds the `fingerprint` of each, which is then not taken again.
+    """
+    known = inputs if isinstance(inputs, Mapping) else {path: fingerprint(path) for path in inputs}
     write_json(
         workdir / "manifest.json",
         {
@@ -140,7 +146,7 @@ def write_manifest(
             "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "commit": commit(),
             "versions": versions(),
-            "inputs": {str(path): fingerprint(path) for path in inputs},
+            "inputs": {sources.name(path): found for path, found in known.items()},
             "counts": dict(counts),
             **facts,
         },
@@ -149,7 +155,7 @@ def write_manifest(
 
 def decontamination(evaluation_sets: Iterable[Path]) -> dict[str, str]:
     """SHA-256 of each evaluation file by its name: what a manifest says its rows were checked against."""
-    return {str(path): file_hash(path) for path in evaluation_sets}
+    return {sources.name(path): file_hash(path) for path in evaluation_sets}
 
 
 def cleared_of(path: Path) -> frozenset[str]:
@@ -159,9 +165,10 @@ def cleared_of(path: Path) -> frozenset[str]:
     What has no manifest, or changed since, was checked against nothing.
     """
     manifest = path.parent / "manifest.json"
-    if not manifest.is_file():
+    if sources.wrong(manifest):
         return frozenset()
-    record = json.loads(manifest.read_text(encoding="utf-8"))
+    with sources.open_file(manifest) as file:
+        record = json.load(file)
     if record.get("decontaminated"):
         return frozenset(record["decontaminated"].values())
     checked: frozenset[str] | None = None
@@ -178,7 +185,7 @@ def fingerprint(path: Path) -> Any:
     """What a manifest says of an input: the hash of a file, the names and sizes of a folder's files, or `missing`."""
     if path.is_dir():
         return {str(p.relative_to(path)): p.stat().st_size for p in sorted(path.rglob("*")) if p.is_file()}
-    return "sha256:" + file_hash(path) if path.is_file() else "missing"
+    return "missing" if sources.wrong(path) else "sha256:" + file_hash(path)
 
 
 def weights_fingerprint(config: Path, folder: Path, files: Iterable[Path]) -> str:

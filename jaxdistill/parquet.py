@@ -1,5 +1,6 @@
 """Rows as Parquet: the same as in JSON Lines, through pyarrow where it is installed."""
 
+import contextlib
 import dataclasses
 import itertools
 import types
@@ -8,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxdistill import sources
 from jaxdistill.errors import UserError
 
 SUFFIX = ".parquet"
@@ -51,17 +53,15 @@ def write(path: Path, rows: Iterable[Any], row_type: type) -> int:
 
 def groups(path: Path) -> list[tuple[int, int]]:
     """Rows and uncompressed bytes of each row group of a file. Raises as `read`."""
-    pyarrow = check_installed(str(path))
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            found = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
-            return [(group.num_rows, group.total_byte_size) for group in found]
-    except pyarrow.ArrowInvalid as error:
-        raise _no_parquet(path, error) from None
+    with _opened(path) as (_, file):
+        found = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+        return [(group.num_rows, group.total_byte_size) for group in found]
 
 
-def read(path: Path, groups: range | None = None, first: int = 1) -> Iterator[tuple[int, dict[str, Any]]]:
+def read(path: Path, groups: range | None = None, first: int = 1) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """Yields (row number, row) as JSON Lines would have it: what is null is left out.
+
+    Where the file is damaged the rest of that row group is lost; of each of its rows there is what is wrong instead.
 
     Args:
       groups: row groups to read; all by default.
@@ -70,18 +70,34 @@ def read(path: Path, groups: range | None = None, first: int = 1) -> Iterator[tu
     Raises:
       UserError: pyarrow is not installed, or the file is no Parquet.
     """
-    pyarrow = check_installed(str(path))
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            wanted = None if groups is None else list(groups)
-            batches = (batch.to_pylist() for batch in file.iter_batches(batch_size=_GROUP, row_groups=wanted))
-            yield from enumerate(map(_without_nulls, itertools.chain.from_iterable(batches)), start=first)
-    except pyarrow.ArrowInvalid as error:
-        raise _no_parquet(path, error) from None
+    with _opened(path) as (pyarrow, file):
+        for group in range(file.metadata.num_row_groups) if groups is None else groups:
+            stop = first + file.metadata.row_group(group).num_rows
+            try:
+                for batch in file.iter_batches(batch_size=_GROUP, row_groups=[group]):
+                    yield from enumerate(map(_without_nulls, batch.to_pylist()), start=first)
+                    first += len(batch)
+            except (pyarrow.ArrowInvalid, OSError) as error:
+                # What a network does is no damage; Arrow's own words of a bad page are an OSError without a number
+                if isinstance(error, OSError) and (sources.is_remote(path) or error.errno is not None):
+                    raise
+                yield from ((number, f"damaged row group ({error})") for number in range(first, stop))
+            first = stop
 
 
-def _no_parquet(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path}: not a Parquet file ({error}); expected one, or a name that does not end so")
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
+    """pyarrow, and the file as it reads it."""
+    pyarrow = check_installed(sources.name(path))
+    with sources.open_file(path) if sources.is_remote(path) else contextlib.nullcontext(path) as source:
+        try:
+            file = pyarrow.parquet.ParquetFile(source)
+        except pyarrow.ArrowInvalid as error:
+            raise UserError(
+                f"{sources.name(path)}: not a Parquet file ({error}); expected one, or a name that does not end so"
+            ) from None
+        with file:
+            yield pyarrow, file
 
 
 def _type(pyarrow: Any, hint: Any) -> Any:

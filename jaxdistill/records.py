@@ -1,4 +1,4 @@
-"""The rows that stages exchange on disk: JSON Lines, or Parquet. Bump SCHEMA when a field changes its meaning."""
+"""The rows that stages exchange: JSON Lines, Parquet or ArrayRecord. Bump SCHEMA when a field changes its meaning."""
 
 import contextlib
 import dataclasses
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Literal, TypeVar
 
-from jaxdistill import parquet
+from jaxdistill import array_records, parquet, sources
 from jaxdistill.errors import UserError
 
 SCHEMA = 1
@@ -116,7 +116,7 @@ Row = TypeVar("Row")
 
 
 def read_jsonl(path: str | os.PathLike[str], row_type: type[Row]) -> Iterator[Row]:
-    """Yields the rows of a JSON Lines file, or of a Parquet file if its name ends with .parquet.
+    """Yields the rows of a file or URL: JSON Lines, or Parquet or ArrayRecord if its name ends so.
 
     Unknown keys are an error: a typing mistake in an optional key would be lost without a word.
 
@@ -124,7 +124,7 @@ def read_jsonl(path: str | os.PathLike[str], row_type: type[Row]) -> Iterator[Ro
       UserError: the file is missing, or a line is not a JSON object with the fields of `row_type`; names the line.
     """
     for number, values in read_json_objects(path):
-        yield from_dict(values, row_type, where=f"{path}:{number}")
+        yield from_dict(values, row_type, where=f"{sources.name(Path(path))}:{number}")
 
 
 Convert = Callable[[int, dict[str, Any]], dict[str, Any]]  # line number and upstream row -> fields of a Problem
@@ -153,7 +153,7 @@ def read_problems(
     for number, values in read_json_objects(path):
         values = convert(number, values) if convert else values
         moved = {key: values.pop(key) for key in extra if key in values}
-        problem = from_dict({"licence": licence, **values}, Problem, where=f"{path}:{number}")
+        problem = from_dict({"licence": licence, **values}, Problem, where=f"{sources.name(path)}:{number}")
         problem = dataclasses.replace(problem, meta={**problem.meta, **moved})
         if answers and not (problem.answer or "").strip():
             mistakes.append(f"line {number} ({problem.id}) has no answer")
@@ -179,29 +179,37 @@ def read_json_objects(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[
     """
     for number, values in read_json_lines(path):
         if isinstance(values, str):
-            raise UserError(f"{path}:{number}: {values}; mend or remove the line")
+            raise UserError(f"{sources.name(Path(path))}:{number}: {values}; mend or remove the line")
         yield number, values
 
 
 def read_json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """Yields (line number from 1, object, or what is wrong with it) for each non-empty line of a file.
+    """Yields (line number from 1, object, or what is wrong with it) for each non-empty line of a file or URL.
 
-    Of a file whose name ends with .parquet: the number of each row from 1, and the row.
+    Of a file whose name ends as Parquet's or ArrayRecord's: the number of each row from 1, and the row.
 
     Raises:
       UserError: the file is missing.
     """
     path = Path(path)
-    if not path.is_file():
-        found = "is a folder" if path.is_dir() else "no such file"
-        raise UserError(f"{path}: {found}; expected a JSON Lines file")
-    if path.suffix == parquet.SUFFIX:
+    sources.check(path)
+    suffix = sources.unsigned(path).suffix
+    if suffix == parquet.SUFFIX:
         yield from parquet.read(path)
-        return
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield number, parse(line)
+    elif suffix in array_records.SUFFIXES:
+        with sources.on_disk(path) as here:
+            yield from read_array_records(here)
+    else:
+        with sources.open_file(path) as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield number, parse(line)
+
+
+def read_array_records(path: Path, records: range | None = None) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """Yields (record number from 1, object, or what is wrong with it); arguments as of `array_records.read`."""
+    for number, record in array_records.read(path, records):
+        yield number, record if isinstance(record, str) else parse(record)
 
 
 def parse(line: bytes) -> dict[str, Any] | str:

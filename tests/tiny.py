@@ -280,3 +280,14 @@ def write_examples(path: Path, count: int, words: int = 4, **changes: Any) -> Pa
         lines.append({"id": f"e{i}", "messages": messages, **changes})
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
+
+
+def write_array_records(path: Path, rows: Sequence[bytes], options: str = "group_size:1") -> Path:
+    """Rows as ArrayRecord."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    writer = ArrayRecordWriter(str(path), options)
+    for row in rows:
+        writer.write(row)
+    writer.close()
+    return path

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from jaxdistill import parquet
+from jaxdistill import array_records, parquet, sources
 from jaxdistill.curate.text import language
 from jaxdistill.errors import UserError
 from jaxdistill.manifest import write_config, write_manifest
@@ -58,11 +58,11 @@ def main(config: MixConfig) -> Mapping[str, int]:
     random.Random(config.seed).shuffle(kept)
     write_config(config.workdir, config)
     with contextlib.ExitStack() as stack:
-        sources = {path: stack.enter_context(path.open("rb")) for path in config.examples}
+        files = {path: stack.enter_context(path.open("rb")) for path in config.examples}
         mixed = stack.enter_context(whole_file(config.workdir / "examples.jsonl"))
         for one in kept:
-            sources[one.path].seek(one.start)
-            mixed.write(sources[one.path].readline().decode().strip() + "\n")
+            files[one.path].seek(one.start)
+            mixed.write(files[one.path].readline().decode().strip() + "\n")
     languages = Counter(one.language for one in kept)
     counts = {"kept": len(kept), **dict(sorted(languages.items())), "without_pair": len(rows) - len(kept)}
     write_manifest(config.workdir, "mix", config.examples, counts)
@@ -72,8 +72,10 @@ def main(config: MixConfig) -> Mapping[str, int]:
 
 
 def _places(path: Path) -> list[_Place]:
-    if path.suffix == parquet.SUFFIX:
-        raise UserError(f"{path}: Parquet, whose rows cannot be copied as they stand; expected JSON Lines of examples")
+    if sources.is_remote(path) or path.suffix in (parquet.SUFFIX, *array_records.SUFFIXES):
+        raise UserError(
+            f"{sources.name(path)}: its rows cannot be copied as they stand; expected JSON Lines of examples on a disk"
+        )
     places = [
         _Place(
             id=one.id,

@@ -1,4 +1,4 @@
-"""Reads JSON Lines that others wrote: a broken line is reported and counted, and never stops the rest."""
+"""Reads rows that others wrote: a broken line is reported and counted, and never stops the rest."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from jaxdistill import sources
 from jaxdistill.curate import page
 from jaxdistill.curate.choices import open_question
 from jaxdistill.curate.contamination import EvaluationIndex, read_evaluation_sets, read_rows
@@ -57,8 +58,7 @@ def main(config: CurateConfig) -> Mapping[str, int]:
     """
     index = read_evaluation_sets(config.evaluation_sets, config.overlap)
     for path in config.inputs:
-        if not path.is_file():
-            raise UserError(f"{path}: no such file; expected JSON Lines of problems")
+        sources.check(path, "JSON Lines of problems")
     config.workdir.mkdir(parents=True, exist_ok=True)
     write_config(config.workdir, config)
     statistics = Statistics(config.seed)

@@ -15,10 +15,11 @@ import numpy as np
 from jaxtyping import Int32, Int64
 from safetensors.numpy import load_file
 
+from jaxdistill import sources
 from jaxdistill.data import packing, prepared
 from jaxdistill.data.dealing import Deal
 from jaxdistill.data.packing import Batch
-from jaxdistill.data.prepared import Documents
+from jaxdistill.data.prepared import BadRows, Documents
 from jaxdistill.errors import UserError
 
 
@@ -31,6 +32,8 @@ class PackedSet:
     stops: Int64[np.ndarray, " rows"]  # where each row ends among them
     row_tokens: int
     dropped: list[dict[str, Any]]  # a receipt for each document that is longer than a row
+    wrong: list[dict[str, Any]]  # a receipt for each row of the file that is no example
+    sha256: str  # of the file
 
     def __len__(self) -> int:
         return len(self.stops)
@@ -92,7 +95,13 @@ class PackedSet:
 
 
 def prepare(
-    path: Path, tokenizer: Any, row_tokens: int, vocab: int, cache: Path, show_progress: bool = True
+    path: Path,
+    tokenizer: Any,
+    row_tokens: int,
+    vocab: int,
+    cache: Path,
+    show_progress: bool = True,
+    bad_rows: BadRows = "stop",
 ) -> PackedSet:
     """Tokenizes and packs a file of `Example` rows, or reads what an earlier call has kept of both.
 
@@ -101,21 +110,23 @@ def prepare(
     Args:
       vocab: tokens that the model knows.
       cache: folder for what is prepared.
+      bad_rows: whether rows that cannot be used end the run, or are left out and named in `wrong`.
 
     Raises:
       UserError: the file is missing or malformed, a token is not in the model's vocabulary, or no document fits a row.
     """
-    documents, folder = prepared.prepare(path, tokenizer, cache, show_progress)
+    documents, folder, sha256 = prepared.prepare(path, tokenizer, cache, show_progress, bad_rows)
+    name = sources.name(path)
     largest, holder = documents.largest
     if largest >= vocab:
         raise UserError(
-            f"{path}: example {holder} holds token {largest}, outside the model's vocabulary of {vocab}; the "
+            f"{name}: example {holder} holds token {largest}, outside the model's vocabulary of {vocab}; the "
             "tokenizer and the model do not belong together"
         )
     fits = documents.lengths <= row_tokens
     if not fits.any():
         longest = f"; the shortest has {documents.lengths.min() + 1} tokens" if len(documents) else ""
-        raise UserError(f"{path}: none of its {len(documents)} examples fits a row of {row_tokens} tokens{longest}")
+        raise UserError(f"{name}: none of its {len(documents)} examples fits a row of {row_tokens} tokens{longest}")
     dropped = [
         {
             "id": documents.id_of(i),
@@ -126,7 +137,8 @@ def prepare(
         for i in np.flatnonzero(~fits)
     ]
     items, stops = _packed(documents.lengths, np.flatnonzero(fits), row_tokens, folder / f"rows{row_tokens}.packed")
-    return PackedSet(documents=documents, items=items, stops=stops, row_tokens=row_tokens, dropped=dropped)
+    wrong = [{"file": name, "row": number, "reason": reason} for number, reason in documents.wrong]
+    return PackedSet(documents, items, stops, row_tokens, dropped, wrong, sha256)
 
 
 def row_after_row(rows: Sequence[Sequence[int]]) -> tuple[Int32[np.ndarray, " kept"], Int64[np.ndarray, " rows"]]:

@@ -9,7 +9,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from jaxdistill import manifest, sharding
+from jaxdistill import manifest, sharding, sources
 from jaxdistill.data import chat, loader
 from jaxdistill.errors import RunError, UserError
 from jaxdistill.models import decoder, quantized
@@ -170,10 +170,11 @@ def _plan_decoding(config: PlanConfig, c: Config, target: Hardware, devices: Any
 def work_of(config: PlanConfig, base: Path, c: Config) -> Work:
     """The recipe's data where it is here, else what the configuration says of it."""
     train = config.train
-    if config.tokens is None and all(phase.examples.is_file() for phase in train.phases):
+    if config.tokens is None and not any(sources.wrong(phase.examples) for phase in train.phases):
         cache = train.prepared or config.workdir / "prepared"
         tokenizer = chat.load_tokenizer(base)
-        sets = [loader.prepare(phase.examples, tokenizer, train.row_tokens, c.vocab, cache) for phase in train.phases]
+        how = tokenizer, train.row_tokens, c.vocab, cache
+        sets = [loader.prepare(phase.examples, *how, bad_rows=train.bad_rows) for phase in train.phases]
         pairs = zip(train.phases, sets, strict=True)
         steps = sum(phase.optimizer_steps(len(rows), train.batch_rows) for phase, rows in pairs)
         attended = config.document_tokens or max(rows.attended_tokens for rows in sets)

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxdistill import hf, manifest, models, sharding, tracking
+from jaxdistill import hf, manifest, models, sharding, sources, tracking
 from jaxdistill.checkpoint import base_of
 from jaxdistill.checkpoint_retention import FAST_TIER, LIMIT_S, RETENTION, FastTier, Retention
+from jaxdistill.data.prepared import BadRows
 from jaxdistill.errors import UserError
 from jaxdistill.evaluate.live import LiveConfig
 from jaxdistill.models import quantized
@@ -28,7 +29,7 @@ class Phase:
     """One stretch of training with its own data, schedule and fresh optimizer state."""
 
     name: str  # also the name of its folder
-    examples: Path  # path of a JSON Lines file of Example rows
+    examples: Path  # path or URL (gs://, s3://, hf://, https://) of Example rows: .jsonl, .parquet or .array_record
     epochs: int = 1  # passes over the packed rows
     steps: int | None = None  # optimizer steps, instead of epochs
     optim: OptimConfig = OptimConfig()
@@ -57,6 +58,7 @@ class TrainConfig:
     heldout: Path | None = None  # Example rows whose loss is measured before, between and after
     lora: LoraConfig = LoraConfig()  # adapters that are trained in place of all weights
     evaluate: LiveConfig = LiveConfig()  # a task that is run on the weights as they are trained
+    bad_rows: BadRows = "stop"  # what rows that cannot be used do: end the run, or are left out with a receipt each
     prepared: Path | None = None  # folder for tokenized examples, to share them among runs; by default in the workdir
     row_tokens: int = 8192  # T, positions in a packed row
     batch_rows: int = 8  # rows in an optimizer step, over all devices
@@ -142,8 +144,7 @@ def check_decontaminated(config: TrainConfig) -> None:
         `refine import`) with it.
     """
     for held in config.evaluation_sets:
-        if not held.is_file():
-            raise UserError(f"{held}: no such file; evaluation_sets names files of evaluation problems")
+        sources.check(held, "evaluation problems, of which evaluation_sets names files")
     if config.allow_contamination or not config.evaluation_sets:
         return
     hashes = {held: manifest.file_hash(held) for held in config.evaluation_sets}

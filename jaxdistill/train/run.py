@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from jaxdistill import chips, manifest, metrics, optim, runtime, sharding
+from jaxdistill import chips, manifest, metrics, optim, runtime, sharding, sources
 from jaxdistill.checkpoint import fingerprint, keep_base
 from jaxdistill.checkpoint_retention import Retention
 from jaxdistill.checkpoint_store import Checkpoints, newest_input, restore_newest
-from jaxdistill.data import chat, loader
+from jaxdistill.data import chat, loader, prepared
 from jaxdistill.errors import LostHostError, RunError, UserError
 from jaxdistill.evaluate.live import Live
 from jaxdistill.models import quantized
@@ -70,7 +70,7 @@ class Run:
         if chip and chip.platform == "tpu" and (warning := sharding.reduced_whole(self.c.sizes(), sizes, chip.name)):
             self.console.print(f"[yellow]{warning}[/yellow]")
         self.peak, self.peak_source = metrics.peak_flops(jnp.dtype(config.step.compute_dtype))
-        lost = [str(phase.examples) for phase in config.phases if not phase.examples.is_file()]
+        lost = [sources.name(phase.examples) for phase in config.phases if sources.wrong(phase.examples)]
         if lost:
             raise UserError(f"no such file: {', '.join(lost)}; expected JSON Lines files of examples")
         heldout = self._prepare(config.heldout) if config.heldout else None
@@ -87,7 +87,12 @@ class Run:
         config, shows = self.config, self.leads and self.console.is_terminal
         cache = config.prepared or self.workdir / "prepared"
         sizes = config.row_tokens, self.c.vocab
-        return runtime.first_alone(lambda: loader.prepare(path, self.tokenizer, *sizes, cache, shows))
+        rows = runtime.first_alone(
+            lambda: loader.prepare(path, self.tokenizer, *sizes, cache, shows, bad_rows=config.bad_rows)
+        )
+        if rows.wrong:
+            warn(self.console, f"{prepared.in_words(path, rows.documents.wrong)}\nThey are left out")
+        return rows
 
     def _stages(self) -> list[Stage]:
         """All phases, read and checked before anything is written: a mistake in the last one shows at once."""
@@ -143,8 +148,11 @@ class Run:
 
     def _write_manifest(self, phases: Mapping[str, Any]) -> None:
         config = self.config
-        heldout = [config.heldout] if config.heldout else []
-        inputs = [self.base / "config.json", *(p.examples for p in config.phases), *heldout]
+        c, of_data = self.base / "config.json", {s.phase.examples: s.rows for s in self.stages}
+        if config.heldout and self.heldout:
+            of_data[config.heldout] = self.heldout.rows
+        # The hashes of what was trained on, whatever the files are by now
+        inputs = {c: manifest.fingerprint(c), **{path: f"sha256:{rows.sha256}" for path, rows in of_data.items()}}
         origin = {name: self.stages[0].origin[name] for name in ("model", "context")}
         how = {"attention": backends.describe(self.attention.backend), "projections": self.projections}
         devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
@@ -155,9 +163,10 @@ class Run:
         """Trains one phase from `model` to its last step, or from its newest checkpoint."""
         config, rows, folder = self.config, stage.rows, stage.folder
         if self.leads:
-            loader.write_receipts(folder / "dropped.jsonl", rows.dropped)
+            loader.write_receipts(folder / "dropped.jsonl", rows.dropped + rows.wrong)
             if self.heldout is not None:
-                loader.write_receipts(folder / "heldout_dropped.jsonl", self.heldout.rows.dropped)
+                held = self.heldout.rows
+                loader.write_receipts(folder / "heldout_dropped.jsonl", held.dropped + held.wrong)
             keep_base(self.base, folder, config.context)
         checkpoints = Checkpoints(folder, config.retention, config.save_limit_s)
         own = self._own_folder(stage)
@@ -206,6 +215,7 @@ class Run:
             "steps": stage.steps,
             "examples": len(rows.items),
             "dropped": len(rows.dropped),
+            "bad_rows": len(rows.wrong),
             "rows": len(rows),
             "padding_fraction": rows.padding_fraction,
             "loss_tokens_per_epoch": rows.trained_tokens,
@@ -278,7 +288,8 @@ class Run:
         self.console.print(
             f"[bold]{stage.name}[/bold]: {self.trained}; {len(rows.items)} examples "
             f"in {len(rows)} rows of {rows.row_tokens} ({rows.padding_fraction:.1%} padding), "
-            f"{len(rows.dropped)} dropped as longer than a row; steps {start} to {stage.steps}"
+            f"{len(rows.dropped)} dropped as longer than a row, {len(rows.wrong)} as no examples; "
+            f"steps {start} to {stage.steps}"
         )
         self.console.print(f"{metrics.MFU_FORMULA}; peak {self.peak / 1e9:,.0f} GFLOP/s ({self.peak_source})")
         self.console.print(f"attention: {backends.describe(self.attention.backend)}")

@@ -55,6 +55,8 @@ def test_a_changed_and_a_missing_input_are_gaps(runs: Path):
     assert len(gaps) == 2
     assert "problems.jsonl, which is missing" in gaps[0]
     assert "chains.jsonl, which is changed" in gaps[1]
+    manifest.write_manifest(runs / "sft", "train", {Path("gs://bucket/examples.jsonl"): "sha256:0"}, {})
+    assert lineage.trace([runs / "sft"]).gaps == ["sft read gs://bucket/examples.jsonl, which is remote"]
 
 
 def test_a_run_that_was_moved_is_found_by_its_hashes(runs: Path, tmp_path: Path):

@@ -72,7 +72,7 @@ def packed_set(folder: Path, count: int) -> PackedSet:
     prepared.write_part(folder / "part", tiny.documents([8 + i % 3 for i in range(count)], vocab=96))
     documents = prepared.Documents([folder / "part"])
     items, stops = loader.row_after_row(packing.best_fit(documents.lengths.tolist(), 10))
-    return PackedSet(documents=documents, items=items, stops=stops, row_tokens=10, dropped=[])
+    return PackedSet(documents=documents, items=items, stops=stops, row_tokens=10, dropped=[], wrong=[], sha256="")
 
 
 def test_batches_deal_every_row_once_an_epoch_in_another_order(tmp_path: Path):

@@ -46,7 +46,7 @@ def test_what_is_no_parquet_is_named(tmp_path: Path):
     path.write_text('{"id": "a"}\n')
     with pytest.raises(UserError, match=r"chains\.parquet: not a Parquet file"):
         list(read_jsonl(path, Chain))
-    with pytest.raises(UserError, match="expected JSON Lines of examples"):
+    with pytest.raises(UserError, match="expected JSON Lines of examples on a disk"):
         mix.main(mix.MixConfig(examples=(path,), workdir=tmp_path / "mixed"))
 
 

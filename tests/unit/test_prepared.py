@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from jaxdistill import parquet, records
+from jaxdistill import array_records, parquet, records
 from jaxdistill.data import chat, loader, prepared
 from jaxdistill.errors import UserError
 from jaxdistill.records import Example
@@ -90,20 +90,61 @@ def test_rows_are_packed_once_for_each_length(tmp_path: Path, tokenizer: object)
     assert sets[1].documents_of_fullest_row == max(len(sets[1].ids(i)) for i in range(len(sets[1])))
 
 
-def test_all_that_is_wrong_is_named_at_once_and_nothing_is_kept(tmp_path: Path, tokenizer: object):
+def test_all_that_is_wrong_is_named_at_once_or_left_out_and_named(tmp_path: Path, tokenizer: object):
     path = tiny.write_examples(tmp_path / "examples.jsonl", 4)
     good = path.read_text(encoding="utf-8").splitlines()
     silent = json.dumps({"id": "mute", "messages": [{"role": "user", "content": "well?"}]})
     path.write_text("\n".join([good[0], '{"id": ', "", good[1], silent, *["[]"] * 20]) + "\n", encoding="utf-8")
+    cache = tmp_path / "cache"
     with pytest.raises(UserError) as caught:
-        read(path, tokenizer, tmp_path / "cache")
+        read(path, tokenizer, cache)
     message = str(caught.value)
     assert "22 examples cannot be used" in message
     assert f"{path}:2: not valid JSON" in message
-    assert "example mute has no assistant words" in message
+    assert f"{path}:5: example mute has no assistant words" in message
     assert f"{path}:6: found a JSON list" in message
     assert "... and 12 more" in message
-    assert not parts_of(tmp_path / "cache")
+    before = parts_of(cache)
+    found = prepared.prepare(path, tokenizer, cache, show_progress=False, bad_rows="skip").documents
+    assert [d.id for d in found] == ["e0", "e1"]
+    assert [number for number, _ in found.wrong] == [2, 5, *range(6, 26)]
+    with pytest.raises(UserError, match="22 examples cannot be used"):  # what was left out once is not forgotten
+        read(path, tokenizer, cache)
+    assert parts_of(cache) == before
+    clean = tmp_path / "clean.jsonl"
+    clean.write_text("\n".join(good[:2]), encoding="utf-8")
+    assert read(clean, tokenizer, cache).digest == found.digest, "a run goes on where its file was mended so"
+    path.write_text("[]\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"examples.jsonl:1: found a JSON list.*\nmend them"):
+        prepared.prepare(path, tokenizer, cache, show_progress=False, bad_rows="skip")
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_array_records_are_read_by_records_and_damaged_ones_are_named(
+    tmp_path: Path, tokenizer: object, monkeypatch: pytest.MonkeyPatch, group: int
+):
+    lines = tiny.write_examples(tmp_path / "examples.jsonl", 30)
+    path, cache = tmp_path / "examples.array_record", tmp_path / "cache"
+    tiny.write_array_records(path, lines.read_bytes().splitlines(), f"group_size:{group},uncompressed")
+    monkeypatch.setattr(array_records, "_AT_ONCE", 7)
+    expected, found = read(lines, tokenizer, cache), read(path, tokenizer, cache)
+    assert found.digest == expected.digest
+    monkeypatch.setattr(prepared, "PART_BYTES", path.stat().st_size // 3 + 1)
+    stretches = [stretch for stretch, _ in prepared.plan(path, tokenizer, tmp_path / "other")[0]]
+    assert [(s.start, s.stop, s.line) for s in stretches] == [(0, 10, 1), (10, 20, 11), (20, 30, 21)]
+
+    content = path.read_bytes()
+    place = content.index(b'"e17"')
+    path.write_bytes(content[:place] + b"X" + content[place + 1 :])
+    monkeypatch.setattr(prepared, "PART_BYTES", 2**25)
+    found = prepared.prepare(path, tokenizer, cache, show_progress=False, bad_rows="skip").documents
+    lost = [n for n in range(1, 31) if (n - 1) // group == 17 // group]
+    assert [number for number, _ in found.wrong] == lost
+    assert found.wrong[0][1].startswith("damaged record (")
+    assert [d.id for d in found] == [f"e{i}" for i in range(30) if i + 1 not in lost]
+    path.write_bytes(b"no such format" * 1000)
+    with pytest.raises(UserError, match="not an ArrayRecord file"):
+        read(path, tokenizer, cache)
 
 
 def test_parquet_is_read_by_row_groups(tmp_path: Path, tokenizer: object, monkeypatch: pytest.MonkeyPatch):
@@ -117,6 +158,20 @@ def test_parquet_is_read_by_row_groups(tmp_path: Path, tokenizer: object, monkey
     assert all(np.array_equal(a.tokens, b.tokens) for a, b in zip(found, expected, strict=True))
     stretches = [stretch for stretch, _ in prepared.plan(other, tokenizer, tmp_path / "cache")[0]]
     assert [(s.start, s.stop, s.line) for s in stretches] == [(0, 2, 1), (2, 4, 15), (4, 5, 29)]
+
+
+def test_rows_of_a_damaged_row_group_are_named(tmp_path: Path, tokenizer: object, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "examples.parquet"
+    monkeypatch.setattr(parquet, "_GROUP", 10)
+    lines = tiny.write_examples(tmp_path / "examples.jsonl", 30)
+    parquet.write(path, records.read_jsonl(lines, Example), Example)
+    start = parquet.check_installed("").parquet.ParquetFile(path).metadata.row_group(1).column(0).data_page_offset
+    content = path.read_bytes()
+    path.write_bytes(content[:start] + b"\xff" * 12 + content[start + 12 :])
+    found = prepared.prepare(path, tokenizer, tmp_path / "cache", show_progress=False, bad_rows="skip").documents
+    assert [number for number, _ in found.wrong] == list(range(11, 21))
+    assert found.wrong[0][1].startswith("damaged row group (")
+    assert [d.id for d in found] == [f"e{i}" for i in range(30) if i // 10 != 1]
 
 
 def test_a_file_without_examples(tmp_path: Path, tokenizer: object):

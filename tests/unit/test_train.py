@@ -219,16 +219,24 @@ def test_context_is_extended_in_the_run_and_in_what_it_leaves(tmp_path: Path, mo
         train.main(small(tmp_path / "other", model, examples, row_tokens=512))
 
 
-def test_documents_longer_than_a_row_leave_a_receipt(tmp_path: Path, model: Path):
+def test_what_is_left_out_has_a_receipt_and_the_manifest_says_what_was_read(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+):
     path = tiny.write_examples(tmp_path / "examples.jsonl", 9)
     with path.open("a") as lines:
         messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "1" * 300}]
-        lines.write(json.dumps({"id": "long", "messages": messages}) + "\n")
+        lines.write(json.dumps({"id": "long", "messages": messages}) + "\n{broken\n")
     pieces = StepConfig(compute_dtype="float32", accumulate=2)
     config = small(tmp_path / "run", model, path, steps=1, batch_rows=16, step=pieces)
-    done = train.main(config)
-    assert done["sft"]["dropped"] == 1
-    [receipt] = map(json.loads, (tmp_path / "run" / "sft" / "dropped.jsonl").read_text().splitlines())
+    with pytest.raises(UserError, match=r"examples\.jsonl:11: not valid JSON .*\n.* --bad-rows skip"):
+        train.main(config)
+    done = train.main(dataclasses.replace(config, bad_rows="skip"))
+    assert (done["sft"]["examples"], done["sft"]["dropped"], done["sft"]["bad_rows"]) == (9, 1, 1)
+    assert "examples.jsonl:11: not valid JSON" in capsys.readouterr().err
+    inputs = json.loads((tmp_path / "run" / "manifest.json").read_text())["inputs"]
+    assert inputs[str(path)] == f"sha256:{manifest.file_hash(path)}"
+    receipt, broken = map(json.loads, (tmp_path / "run" / "sft" / "dropped.jsonl").read_text().splitlines())
+    assert (broken["file"], broken["row"]) == (str(path), 11)
     assert receipt["id"] == "long"
     assert receipt["reason"] == "longer than a row"
     assert receipt["tokens"] > receipt["row_tokens"] == 128
