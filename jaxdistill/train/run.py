@@ -245,11 +245,7 @@ class Run:
         Args:
           before: the checkpoint is of a step below this one.
         """
-        config, dtype = self.config, jnp.dtype(stage.phase.optim.state_dtype)
-        epochs = math.ceil(stage.steps * config.batch_rows / len(stage.rows))
-        pieces = config.step.accumulate
-        own = sharding.own_rows(pieces, config.batch_rows // pieces)
-        batches = loader.batches(stage.rows, config.batch_rows, epochs, config.seed, config.deal_window, own)
+        config, dtype, batches = self.config, jnp.dtype(stage.phase.optim.state_dtype), self.batches(stage)
         kind = (stage.phase.optim.average_decay > 0, config.step.offload_moments, config.bad_steps.spike is not None)
         self.trained.read(model)
         like = abstract_state(self.trained.template, stage.optimizer, dtype, *kind)
@@ -260,6 +256,13 @@ class Run:
         batches.set_state(stored["position"])
         self.console.print(f"resumed from step {newest}")
         return state, batches
+
+    def batches(self, stage: Stage) -> grain.DatasetIterator:
+        """The input of a phase from its first step on; this process reads the rows that its devices hold a part of."""
+        config, pieces = self.config, self.config.step.accumulate
+        epochs = math.ceil(stage.steps * config.batch_rows / len(stage.rows))
+        own = sharding.own_rows(pieces, config.batch_rows // pieces)
+        return loader.batches(stage.rows, config.batch_rows, epochs, config.seed, config.deal_window, own)
 
     def replayed(self, wanted: str) -> dict[str, Any]:
         """Does the step "PHASE:STEP" again; what the run has written stays as it is."""

@@ -38,10 +38,39 @@ def config():
 """
 
 
-class Job:
-    """The processes of one `jaxdistill train`, started as a launcher does it."""
+# The token ids of every global batch that a run has on some meshes, and how many of its rows this process reads
+DEAL = """
+import runpy, sys, time
+from dataclasses import replace
+from pathlib import Path
+import jax, numpy as np
+from jax.experimental.multihost_utils import process_allgather
+from jaxdistill import runtime
+from jaxdistill.sharding import MeshConfig
+from jaxdistill.train.goodput import Goodput
+from jaxdistill.train.run import Run
+from jaxdistill.train.step import place
 
-    def __init__(self, here: Path, workdir: Path, processes: int):
+recipe, workdir = map(Path, sys.argv[1:])
+runtime.start(join=True, launched=time.time())
+config = replace(runpy.run_path(str(recipe))["config"](), workdir=workdir, batch_rows=8)
+found = {}
+for name, mesh in {"by rows": MeshConfig(fsdp=2), "by rows and heads": MeshConfig(tensor=2)}.items():
+    with jax.set_mesh(mesh.build()), runtime.Preemption() as preemption:
+        run = Run(replace(config, mesh=mesh), preemption, Goodput(workdir, time.time(), writes=False))
+        batches = [dealt.batch for dealt in run.batches(run.stages[1])]
+        placed = [place(batch, config.step.accumulate).tokens for batch in batches]
+        found[name] = np.stack([process_allgather(tokens, tiled=True) for tokens in placed])
+        found[name + " here"] = np.array([(batch.segments > 0).any(1).sum() for batch in batches])
+np.savez(workdir / f"{jax.process_index()}.npz", **found)
+runtime.meet("all is written")
+"""
+
+
+class Job:
+    """The processes of one command, `jaxdistill train` by default, started as a launcher does it."""
+
+    def __init__(self, here: Path, workdir: Path, processes: int, *command: str):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             address = f"localhost:{free.getsockname()[1]}"
@@ -55,9 +84,11 @@ class Job:
             if processes > 1:
                 environment |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
                 environment["JAX_PROCESS_ID"] = str(i)
-            command = [sys.executable, "-m", "jaxdistill", "train", str(here / "recipe.py"), "--workdir", str(workdir)]
+            words = command or ("-m", "jaxdistill", "train", str(here / "recipe.py"), "--workdir", str(workdir))
             with path.open("w") as log:
-                self.processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+                self.processes.append(
+                    subprocess.Popen([sys.executable, *words], env=environment, stdout=log, stderr=log)
+                )
 
     def wait(self, timeout_s: float = 400) -> list[int]:
         """Exit codes."""
@@ -148,3 +179,26 @@ def test_a_mistake_is_every_hosts_mistake(here: Path):
     finally:
         (here / "recipe.py").write_text(recipe)
     assert job.log().count("rows at a time") == 2
+
+
+def test_every_global_batch_has_the_same_tokens_for_any_number_of_processes(tmp_path: Path):
+    recipe, found = write_recipe(tmp_path), {}
+    for count in (1, 2, 4):
+        workdir = tmp_path / f"dealt{count}"
+        workdir.mkdir()
+        job = Job(tmp_path, workdir, count, "-c", DEAL, str(recipe), str(workdir))
+        assert job.wait() == [0] * count, job.log()
+        found[count] = [dict(np.load(workdir / f"{i}.npz")) for i in range(count)]
+    (alone,) = found[1]
+    for count, jobs in found.items():
+        for name in ("by rows", "by rows and heads"):
+            assert alone[name].shape == (len(alone[f"{name} here"]), 2, 4, 128)
+            assert len({batch.tobytes() for batch in alone[name]}) > 10, (
+                "batches differ, or there is nothing to compare"
+            )
+            for one in jobs:
+                np.testing.assert_array_equal(one[name], alone[name])
+            read = sum(one[f"{name} here"] for one in jobs)
+            # Both halves of the heads need a row: where they are in two processes, both read it
+            twice = 2 if count == 4 and name == "by rows and heads" else 1
+            np.testing.assert_array_equal(read, twice * alone[f"{name} here"])
