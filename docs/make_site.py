@@ -44,7 +44,9 @@ def main() -> None:
     site: dict[str, Any] = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     site |= {"docs_dir": "docs_source", "site_dir": "docs"}  # Zensical wants them relative to its file
     [mkdocstrings] = [plugin["mkdocstrings"] for plugin in site["plugins"] if "mkdocstrings" in plugin]
-    mkdocstrings["handlers"]["python"]["paths"] = [str(ROOT)]
+    python_handler = mkdocstrings["handlers"]["python"]
+    python_handler["paths"] = [str(ROOT)]
+    python_handler["options"]["extensions"] = [str(ROOT / "docs" / "field_comments.py")]
     python = [name for name in pages if name.startswith("reference/python/")]
     site["nav"] += [{"Results": measured}, {"Reference": [{"Commands": "reference/commands.md"}, {"Python": python}]}]
     config = BUILD / "mkdocs.yml"
