@@ -1,7 +1,7 @@
-"""Attention of new tokens to the pages their request holds: the one place where a device's own kernel would go in."""
+"""Attention of new tokens to the pages their request holds."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +9,13 @@ from einops import rearrange
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxdistill.errors import UserError
 from jaxdistill.models.attention import PLAIN, Scores
 from jaxdistill.models.layers import capped
+from jaxdistill.sample import triton
+from jaxdistill.sample.triton import MASKED
 
 _GROUP_BYTES = 2**21  # keys of one page of each row that a CPU's second-level caches hold
-_MASKED = -1e30
 Stored = Any  # a jax.Array, or what stands for one: its letters, a layout
 
 
@@ -38,15 +40,38 @@ def key_dims() -> str:
     return "PKHp" if _on_cpu() else "PKpH"
 
 
+Kernel = Literal["xla", "triton"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Seeing:
     """What a layer's queries see, and how."""
 
     scores: Scores = PLAIN
     window: int | None = None  # keys at most, a query's own the last of them
+    kernel: Kernel = "xla"
 
 
 ALL = Seeing()
+
+
+def choose_kernel(asked: Kernel | None, head_dim: int, page_tokens: int) -> Kernel:
+    """What reads the cache on the current mesh.
+
+    Args:
+      asked: None takes triton on NVIDIA GPUs, if it can.
+      page_tokens: positions of a page on one device.
+
+    Raises:
+      UserError: triton was asked for, and cannot.
+    """
+    device: Any = jax.sharding.get_abstract_mesh().abstract_device
+    reason = triton.misfit(head_dim, page_tokens)
+    if not triton.runs_on(device.platform):
+        reason = f"it runs on NVIDIA GPUs, found {device.device_kind}"
+    if asked == "triton" and reason:
+        raise UserError(f"attention triton: {reason}; use xla, which runs everywhere")
+    return asked or ("xla" if reason else "triton")
 
 
 def attend(
@@ -65,7 +90,9 @@ def attend(
     (B, T), (K, p, H) = q.shape[:2], pages.values.shape[1:]
     q_BKXH = rearrange(q, "B T (K G) H -> B K (G T) H", K=K)
     size = _group_size(B, K * H * p * pages.keys.dtype.itemsize)
-    if size == B:
+    if how.kernel == "triton":
+        out = _finish(*_by_triton(q_BKXH, pages, tables, positions, live, how), q.dtype)
+    elif size == B:
         out = _attend_together(q_BKXH, pages, tables, positions, live, how)
     else:
 
@@ -89,6 +116,21 @@ def _on_cpu() -> bool:
     return device.platform == "cpu"
 
 
+def _by_triton(q_BKXH: Array, pages: Pages, tables: Array, positions: Array, live: Array, how: Seeing) -> triton.Sums:
+    """Top, total and sums of each stretch of a row, as `_finish` takes them."""
+    p, page = pages.values.shape[-2], pages.values.shape[-2] * jax.lax.axis_size("context")
+    end = jnp.max(jnp.where(live, positions, -1), axis=1) // page + 1
+    first = jnp.zeros_like(end)
+    if how.window is not None:
+        first = (
+            jnp.maximum(jnp.min(jnp.where(live, positions, page * end[:, None]), axis=1) - how.window + 1, 0) // page
+        )
+    # The last key that each of X = G T queries sees, counted from this device's first position
+    last_BX = jnp.tile(positions, (1, q_BKXH.shape[2] // positions.shape[1])) - p * jax.lax.axis_index("context")
+    held = (pages.keys, pages.values, pages.key_scales, pages.value_scales)
+    return triton.sums(q_BKXH, held, tables, last_BX, (first, end), page, how.scores, how.window)
+
+
 def _attend_together(q_BKXH: Array, pages: Pages, tables: Array, positions: Array, live: Array, how: Seeing) -> Array:
     """Attention [B, K, X, H] of B rows, up to the longest of them."""
     (_, _, X, H), p, dtype = q_BKXH.shape, pages.values.shape[-2], q_BKXH.dtype
@@ -110,7 +152,7 @@ def _attend_together(q_BKXH: Array, pages: Pages, tables: Array, positions: Arra
         visible = key_positions <= last_X
         if how.window is not None:
             visible &= key_positions > last_X - how.window
-        scores = jnp.where(visible, capped(scores * how.scores.scale_of(H), how.scores.cap), _MASKED)
+        scores = jnp.where(visible, capped(scores * how.scores.scale_of(H), how.scores.cap), MASKED)
         new_top = jnp.maximum(top, scores.max(-1))
         weights = jnp.where(visible, jnp.exp(scores - new_top[..., None]), 0.0)
         shrink = jnp.exp(top - new_top)
@@ -122,13 +164,22 @@ def _attend_together(q_BKXH: Array, pages: Pages, tables: Array, positions: Arra
         return new_top, total, sums * shrink[..., None] + seen
 
     zeros = jnp.zeros(q_BKXH.shape, jnp.float32)
-    start = (zeros[..., 0] + _MASKED, zeros[..., 0], zeros)
+    start = (zeros[..., 0] + MASKED, zeros[..., 0], zeros)
     first, page = 0, devices * p
     end = jnp.max(jnp.where(live, positions, 0)) // page + 1
     if how.window is not None:  # pages that are behind every row's window
         first = jnp.maximum(jnp.min(jnp.where(live, positions, end * page)) - how.window + 1, 0) // page
     top, total, sums = jax.lax.fori_loop(first, end, body, start)
-    if devices > 1:
-        shrink = jnp.exp(top - jax.lax.pmax(top, "context"))
-        total, sums = jax.lax.psum((total * shrink, sums * shrink[..., None]), "context")
+    return _finish(top[:, :, None], total[:, :, None], sums[:, :, None], dtype)
+
+
+def _finish(top_BKSX: Array, total_BKSX: Array, sums_BKSXH: Array, dtype: Any) -> Array:
+    """What all stretches and all devices along context saw together [B, K, X, H]."""
+    of_all = jnp.max(top_BKSX, axis=2, keepdims=True)
+    if jax.lax.axis_size("context") > 1:
+        of_all = jax.lax.pmax(of_all, "context")
+    shrink = jnp.exp(top_BKSX - of_all)
+    total, sums = jnp.sum(total_BKSX * shrink, axis=2), jnp.sum(sums_BKSXH * shrink[..., None], axis=2)
+    if jax.lax.axis_size("context") > 1:
+        total, sums = jax.lax.psum((total, sums), "context")
     return (sums / jnp.maximum(total, 1e-30)[..., None]).astype(dtype)
