@@ -95,7 +95,9 @@ def compile_decoding(
             dtype=dtype,
             features=Features(draws=True),
             most_steps=config.steps_per_call,
-            kernel=choose_kernel(config.attention, c.head_dim, config.page_tokens // sizes["context"]),
+            kernel=choose_kernel(
+                config.attention, c.head_dim, config.page_tokens // sizes["context"], config.cache_dtype
+            ),
         )
         compiled, compile_s = ahead.compile_for(traced, mesh)
         total = ahead.total_bytes(compiled.memory_analysis())

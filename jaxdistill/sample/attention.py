@@ -1,6 +1,7 @@
 """Attention of new tokens to the pages their request holds."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -12,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxdistill.errors import UserError
 from jaxdistill.models.attention import PLAIN, Scores
 from jaxdistill.models.layers import capped
-from jaxdistill.sample import triton
+from jaxdistill.sample import mosaic, triton
 from jaxdistill.sample.triton import MASKED
 
 _GROUP_BYTES = 2**21  # keys of one page of each row that a CPU's second-level caches hold
@@ -40,7 +41,8 @@ def key_dims() -> str:
     return "PKHp" if _on_cpu() else "PKpH"
 
 
-Kernel = Literal["xla", "triton"]
+Kernel = Literal["xla", "triton", "mosaic"]
+_KERNELS: Mapping[Kernel, tuple[str, Any]] = {"triton": ("gpu", triton), "mosaic": ("tpu", mosaic)}  # platform, module
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,23 +57,25 @@ class Seeing:
 ALL = Seeing()
 
 
-def choose_kernel(asked: Kernel | None, head_dim: int, page_tokens: int) -> Kernel:
+def choose_kernel(asked: Kernel | None, head_dim: int, page_tokens: int, cache_dtype: str = "compute") -> Kernel:
     """What reads the cache on the current mesh.
 
     Args:
-      asked: None takes triton on NVIDIA GPUs, if it can.
+      asked: None takes the platform's own, if it can.
       page_tokens: positions of a page on one device.
 
     Raises:
-      UserError: triton was asked for, and cannot.
+      UserError: the one that was asked for cannot.
     """
     device: Any = jax.sharding.get_abstract_mesh().abstract_device
-    reason = triton.misfit(head_dim, page_tokens)
-    if not triton.runs_on(device.platform):
-        reason = f"it runs on NVIDIA GPUs, found {device.device_kind}"
-    if asked == "triton" and reason:
-        raise UserError(f"attention triton: {reason}; use xla, which runs everywhere")
-    return asked or ("xla" if reason else "triton")
+    reasons: dict[Kernel, str | None] = {"xla": None}
+    for kernel, (platform, module) in _KERNELS.items():
+        reasons[kernel] = module.misfit(head_dim, page_tokens, cache_dtype)
+        if device.platform != platform and not module.INTERPRET:
+            reasons[kernel] = f"it runs on {platform.upper()}s, found {device.device_kind}"
+    if asked and reasons[asked]:
+        raise UserError(f"attention {asked}: {reasons[asked]}; use xla, which runs everywhere")
+    return asked or next((kernel for kernel, reason in reasons.items() if kernel != "xla" and not reason), "xla")
 
 
 def attend(
@@ -90,8 +94,8 @@ def attend(
     (B, T), (K, p, H) = q.shape[:2], pages.values.shape[1:]
     q_BKXH = rearrange(q, "B T (K G) H -> B K (G T) H", K=K)
     size = _group_size(B, K * H * p * pages.keys.dtype.itemsize)
-    if how.kernel == "triton":
-        out = _finish(*_by_triton(q_BKXH, pages, tables, positions, live, how), q.dtype)
+    if how.kernel != "xla":
+        out = _finish(*_by_kernel(q_BKXH, pages, tables, positions, live, how), q.dtype)
     elif size == B:
         out = _attend_together(q_BKXH, pages, tables, positions, live, how)
     else:
@@ -116,19 +120,19 @@ def _on_cpu() -> bool:
     return device.platform == "cpu"
 
 
-def _by_triton(q_BKXH: Array, pages: Pages, tables: Array, positions: Array, live: Array, how: Seeing) -> triton.Sums:
+def _by_kernel(q_BKXH: Array, pages: Pages, tables: Array, positions: Array, live: Array, how: Seeing) -> triton.Sums:
     """Top, total and sums of each stretch of a row, as `_finish` takes them."""
     p, page = pages.values.shape[-2], pages.values.shape[-2] * jax.lax.axis_size("context")
     end = jnp.max(jnp.where(live, positions, -1), axis=1) // page + 1
     first = jnp.zeros_like(end)
     if how.window is not None:
-        first = (
-            jnp.maximum(jnp.min(jnp.where(live, positions, page * end[:, None]), axis=1) - how.window + 1, 0) // page
-        )
+        earliest = jnp.min(jnp.where(live, positions, page * end[:, None]), axis=1)
+        first = jnp.maximum(earliest - how.window + 1, 0) // page
     # The last key that each of X = G T queries sees, counted from this device's first position
     last_BX = jnp.tile(positions, (1, q_BKXH.shape[2] // positions.shape[1])) - p * jax.lax.axis_index("context")
     held = (pages.keys, pages.values, pages.key_scales, pages.value_scales)
-    return triton.sums(q_BKXH, held, tables, last_BX, (first, end), page, how.scores, how.window)
+    _, module = _KERNELS[how.kernel]
+    return module.sums(q_BKXH, held, tables, last_BX, (first, end), page, how.scores, how.window)
 
 
 def _attend_together(q_BKXH: Array, pages: Pages, tables: Array, positions: Array, live: Array, how: Seeing) -> Array:

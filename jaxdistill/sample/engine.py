@@ -42,7 +42,9 @@ class EngineConfig:
         "compute"  # that the layers' matrices are stored in: 8 bits are half of bfloat16's bytes
     )
     cache_dtype: kv.CacheDtype = "compute"  # that keys and values are stored in
-    attention: Kernel | None = None  # what reads the cache; by default triton on NVIDIA GPUs, and xla elsewhere
+    attention: Kernel | None = (
+        None  # what reads the cache; by default triton on GPUs, mosaic on TPUs, where they can; xla else
+    )
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -99,7 +101,9 @@ class Engine:
         self.model, self.config, self.positions = model, config, positions
         self.stop_tokens = tuple(stop_tokens)
         self.dtype = jnp.dtype(config.compute_dtype)
-        self.kernel: Kernel = choose_kernel(config.attention, model.head_dim, config.page_tokens // mesh["context"])
+        self.kernel: Kernel = choose_kernel(
+            config.attention, model.head_dim, config.page_tokens // mesh["context"], config.cache_dtype
+        )
         self.params = programs.per_layer(params, model, self.dtype, config.weight_dtype)
         slots = -(-config.slots // shards) * shards
         self.shape = Shape(

@@ -20,21 +20,17 @@ _TILE_BYTES = 2**14  # keys of a tile: with its values and three tiles on their 
 _QUERIES = 64  # of a tile at most
 _SMALLEST = 16  # side of a tile that tensor cores multiply
 _STRETCH = 4096  # positions that one program reads; longer rows are read by several at a time
-_INTERPRET = False  # tests set it: a CPU works through the kernel step by step
+INTERPRET = False  # tests set it: a CPU works through the kernel step by step
 
 Sums = tuple[Float[Array, "B K S X"], Float[Array, "B K S X"], Float[Array, "B K S X H"]]
 
 
-def runs_on(platform: str) -> bool:
-    """Whether devices of a platform, as jax names it, run the kernel."""
-    return platform == "gpu" or _INTERPRET
-
-
-def misfit(head_dim: int, page_tokens: int) -> str | None:
+def misfit(head_dim: int, page_tokens: int, cache_dtype: str = "compute") -> str | None:
     """Why the kernel cannot compute heads or pages of a size, or None.
 
     Args:
       page_tokens: positions of a page on one device.
+      cache_dtype: any will do.
     """
     for what, size in (("head_dim", head_dim), ("a page's positions on one device", page_tokens)):
         if size < _SMALLEST or size & (size - 1):
@@ -100,7 +96,7 @@ def sums(
         ],
         out_shape=[jax.ShapeDtypeStruct((B, K, S, rows, *more), jnp.float32) for more in ((), (), (H,))],
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
-        interpret=_INTERPRET,
+        interpret=INTERPRET,
         name="attention_to_pages",
     )(tables, *bounds, last, q, keys, values, *scales)
     return tops[..., :X], totals[..., :X], seen[..., :X, :]

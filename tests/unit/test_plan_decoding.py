@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import kernels
 import pytest
 import tiny
@@ -14,6 +15,7 @@ from jaxdistill.models import decoder
 from jaxdistill.plan import ahead, decoding, hardware, run
 from jaxdistill.plan.decoding import Decoding
 from jaxdistill.plan.run import PlanConfig
+from jaxdistill.sample import attention
 from jaxdistill.sample.engine import EngineConfig
 from jaxdistill.sharding import MeshConfig
 from jaxdistill.train.config import TrainConfig
@@ -61,6 +63,18 @@ def test_pages_are_split_along_context_and_kept_in_8_bits():
     assert "all-gather" not in {one.kind for one in found.collectives if one.group == 4 and one.dtype != "f32"}, (
         "weights are not gathered"
     )
+
+
+def test_gpus_read_the_cache_where_it_lies():
+    kernels.require("jax_cuda13_plugin")
+    target = hardware.parse("h100")
+    mesh = MeshConfig().build(ahead.devices(target))
+    with jax.set_mesh(mesh):
+        assert attention.choose_kernel(None, C.head_dim, EngineConfig().page_tokens) == "triton"
+    engine = EngineConfig(slots=SLOTS, cache_tokens=SLOTS * int(LIVE))
+    found = decoding.compile_decoding(C, target, mesh, engine, POSITIONS, LIVE)
+    of_logits = 4 * SLOTS * C.vocab
+    assert found.temporaries < 2 * of_logits, "no page is copied"
 
 
 def recipe(folder: Path, **changes: Any) -> PlanConfig:

@@ -28,7 +28,7 @@ POSITIONS = np.array([200, 3, 0, 77])  # of each row's first new token
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch: pytest.MonkeyPatch):
     """Runs the kernel here, in short stretches, on a cache that is laid out as on GPUs."""
-    monkeypatch.setattr(triton, "_INTERPRET", True)
+    monkeypatch.setattr(triton, "INTERPRET", True)
     monkeypatch.setattr(triton, "_STRETCH", 2 * PAGE)
     monkeypatch.setattr(attention, "_on_cpu", lambda: False)
 
@@ -115,7 +115,7 @@ def test_sizes_and_devices_that_it_does_not_fit(monkeypatch: pytest.MonkeyPatch)
             attention.choose_kernel("triton", 96, 128)
         with pytest.raises(UserError, match="positions on one device: 24"):
             attention.choose_kernel("triton", 128, 24)
-        monkeypatch.setattr(triton, "_INTERPRET", False)
+        monkeypatch.setattr(triton, "INTERPRET", False)
         assert attention.choose_kernel(None, 128, 128) == "xla"
         with pytest.raises(UserError, match="runs on NVIDIA GPUs, found cpu; use xla"):
             attention.choose_kernel("triton", 128, 128)

@@ -1,0 +1,85 @@
+"""A decoding step of the sampler at batch 64: seconds by what reads the cache, and the bytes that have to be read."""
+
+import dataclasses
+import json
+import time
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import shapes
+import step
+
+from jaxdistill import sharding
+from jaxdistill.models import decoder
+from jaxdistill.sample import attention, programs, transfer
+from jaxdistill.sample import cache as kv
+from jaxdistill.sample.attention import Kernel
+from jaxdistill.sample.choose import Features
+
+SLOTS, PAGE, STEPS, TIMED = 64, 128, 16, 5
+
+
+def main() -> None:
+    options = shapes.parser(__doc__).parse_args()
+    device = jax.devices()[0]
+    values = shapes.MODELS.get(options.model, shapes.SMOKE)
+    case = shapes.Case(options.model, options.row, values["num_hidden_layers"], "full")
+    with jax.set_mesh(sharding.MeshConfig().build([device])):
+        kernels: tuple[Kernel, ...] = get_args(Kernel) if device.platform == "gpu" else ("xla",)
+        found = [measure(case, kernel) for kernel in kernels]
+    options.out.write_text(json.dumps(found))
+
+
+def measure(case: shapes.Case, kernel: Kernel) -> dict[str, Any]:
+    """The median step over some calls, with every slot near the end of its context."""
+    c, dtype = case.architecture(), jnp.dtype(jnp.bfloat16)
+    params = programs.per_layer(step.random_weights(decoder.template(c)), c, dtype)
+    pages = case.row_tokens // PAGE
+    cache = kv.empty(c, SLOTS * pages, PAGE, dtype)
+    tables = np.random.default_rng(0).permutation(SLOTS * pages).astype(np.int32).reshape(SLOTS, pages)
+    settings = {
+        "c": c,
+        "dtype": dtype,
+        "features": Features(draws=False),
+        "most_steps": STEPS,
+        "kernel": attention.choose_kernel(kernel, c.head_dim, PAGE),
+    }
+
+    def call(cache: Any, active: np.ndarray) -> tuple[Any, np.ndarray, float]:
+        rows = transfer.slots(SLOTS, {}, (), c.vocab, penalties=False)
+        near_end = np.full(SLOTS, case.row_tokens - STEPS, np.int32)
+        rows = dataclasses.replace(
+            rows, token=np.arange(3, SLOTS + 3, dtype=np.int32), position=near_end, limit=near_end, active=active
+        )
+        state, at, keep = transfer.put((rows, tables, active))
+        started = time.perf_counter()
+        cache, _, drawn = programs.decode(params, cache, state, at, keep, np.int32(STEPS), **settings)
+        tokens = np.asarray(drawn.tokens)
+        return cache, tokens, (time.perf_counter() - started) / STEPS
+
+    every = np.ones(SLOTS, np.bool_)
+    cache, together, _ = call(cache, every)
+    seconds = []
+    for _ in range(TIMED):
+        cache, _, one = call(cache, every)
+        seconds.append(one)
+    cache, alone, _ = call(cache, np.arange(SLOTS) == SLOTS // 2)
+    read = sum(x.nbytes for x in jax.tree.leaves(params))
+    if not c.tied:
+        read -= params.embed.nbytes  # a few of its rows
+    return {
+        "model": case.model,
+        "context": case.row_tokens,
+        "slots": SLOTS,
+        "kernel": kernel,
+        "seconds": float(np.median(seconds)),
+        "weight_bytes": read,
+        "cache_bytes": SLOTS * (case.row_tokens - STEPS // 2) * kv.page_bytes(c, PAGE, dtype) // PAGE,
+        "alone_says_the_same": bool((alone[:, SLOTS // 2] == together[:, SLOTS // 2]).all()),
+    }
+
+
+if __name__ == "__main__":
+    main()
