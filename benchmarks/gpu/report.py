@@ -78,15 +78,18 @@ def _attention(found: Iterable[Mapping[str, Any]]) -> Iterable[str]:
 
 
 def _decoding(found: Iterable[Mapping[str, Any]], peak: Mapping[str, Any] | None) -> Iterable[str]:
-    yield "| model | contexts | cache read by | ms a step | tokens/s | GB a step | share of roofline | a row alone |"
-    yield "|" + "---|" * 8
+    yield (
+        "| model | contexts | cache read by | ms a step | tokens/s | GB a step | share of roofline | a row alone | "
+        "first tokens as by XLA |"
+    )
+    yield "|" + "---|" * 9
     for one in found:
         total = one["weight_bytes"] + one["cache_bytes"]
         share = f"{total / (peak['copy_tb_per_s'] * 1e12) / one['seconds']:.1%}" if peak else ""
         yield (
             f"| {one['model']} | {one['slots']} x {one['context']:,} | {one['kernel']} | {one['seconds'] * 1e3:.2f} | "
             f"{one['slots'] / one['seconds']:,.0f} | {total / 1e9:.1f} | {share} | "
-            f"{'says the same' if one['alone_says_the_same'] else 'differs'} |"
+            f"{'says the same' if one['alone_says_the_same'] else 'differs'} | {one['first_tokens_as_xla']:.0%} |"
         )
 
 

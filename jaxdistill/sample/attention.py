@@ -22,27 +22,38 @@ Stored = Any  # a jax.Array, or what stands for one: its letters, a layout
 
 @struct.dataclass
 class Pages:
-    """One layer's keys and values: P pages, laid out as attention's two products read them.
+    """One layer's keys and values: P pages, laid out as `page_dims` says.
 
     In 8 bits each position and head has a scale, which keys and values are to be multiplied with.
     """
 
-    keys: Stored  # [P, K, H, p] or [P, K, p, H], as `key_dims` says
-    values: Stored  # [P, K, p, H]
+    keys: Stored
+    values: Stored
     key_scales: Stored | None = None  # [P, K, p] float32
     value_scales: Stored | None = None
 
 
-def key_dims() -> str:
-    """How keys are laid out. The product with queries reads positions last faster on a CPU.
+def page_dims() -> tuple[str, str]:
+    """How keys and values are laid out: as attention's two products read them, where new ones can be written in place.
 
-    TPUs' compiler would write into keys of that layout only after it copied all of them, in each call.
+    On a CPU the product with queries reads positions last faster. TPUs' compiler writes into one position of all heads
+    in place where heads come after positions; else it copies the whole cache, twice in every step.
     """
-    return "PKHp" if _on_cpu() else "PKpH"
+    platform = _platform()
+    if platform == "tpu":
+        return "PpKH", "PpKH"
+    return "PKHp" if platform == "cpu" else "PKpH", "PKpH"
+
+
+def page_sizes(pages: Pages) -> tuple[int, int]:
+    """Heads and positions of a page on this device."""
+    sizes = dict(zip(page_dims()[1], pages.values.shape, strict=True))
+    return sizes["K"], sizes["p"]
 
 
 Kernel = Literal["xla", "triton", "mosaic"]
 _KERNELS: Mapping[Kernel, tuple[str, Any]] = {"triton": ("gpu", triton), "mosaic": ("tpu", mosaic)}  # platform, module
+_DEFAULT: tuple[Kernel, ...] = ("triton",)  # mosaic's gain over XLA is not known: no TPU has run either yet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,25 +68,42 @@ class Seeing:
 ALL = Seeing()
 
 
+def unavailable(kernel: Kernel, device: Any) -> str | None:
+    """Why a kernel cannot run on a device, whatever the model, or None.
+
+    Args:
+      device: what has a `platform` and a `device_kind`.
+    """
+    if kernel == "xla":
+        return None
+    platform, module = _KERNELS[kernel]
+    if device.platform == platform or module.INTERPRET:
+        return None
+    return f"{kernel} runs on {platform.upper()}s, found {device.device_kind}"
+
+
 def choose_kernel(asked: Kernel | None, head_dim: int, page_tokens: int, cache_dtype: str = "compute") -> Kernel:
     """What reads the cache on the current mesh.
 
     Args:
-      asked: None takes the platform's own, if it can.
+      asked: None takes the platform's own, if it can, else XLA.
       page_tokens: positions of a page on one device.
 
     Raises:
       UserError: the one that was asked for cannot.
     """
     device: Any = jax.sharding.get_abstract_mesh().abstract_device
-    reasons: dict[Kernel, str | None] = {"xla": None}
-    for kernel, (platform, module) in _KERNELS.items():
-        reasons[kernel] = module.misfit(head_dim, page_tokens, cache_dtype)
-        if device.platform != platform and not module.INTERPRET:
-            reasons[kernel] = f"it runs on {platform.upper()}s, found {device.device_kind}"
-    if asked and reasons[asked]:
-        raise UserError(f"attention {asked}: {reasons[asked]}; use xla, which runs everywhere")
-    return asked or next((kernel for kernel, reason in reasons.items() if kernel != "xla" and not reason), "xla")
+
+    def reason(kernel: Kernel) -> str | None:
+        _, module = _KERNELS[kernel]
+        return unavailable(kernel, device) or module.misfit(head_dim, page_tokens, cache_dtype)
+
+    if asked is None:
+        able: list[Kernel] = [kernel for kernel in _DEFAULT if not reason(kernel)]
+        return able[0] if able else "xla"
+    if asked != "xla" and (why := reason(asked)):
+        raise UserError(f"attention {asked}: {why}; use xla, which runs everywhere")
+    return asked
 
 
 def attend(
@@ -91,10 +119,10 @@ def attend(
     The order of additions, and with it a result's last bits, depends on the page size, and on how many devices share
     the pages along context: not on the other rows, nor on where the pages lie.
     """
-    (B, T), (K, p, H) = q.shape[:2], pages.values.shape[1:]
+    (B, T, _, H), (K, p) = q.shape, page_sizes(pages)
     q_BKXH = rearrange(q, "B T (K G) H -> B K (G T) H", K=K)
     size = _group_size(B, K * H * p * pages.keys.dtype.itemsize)
-    if how.kernel != "xla":
+    if how.kernel == "triton" or (how.kernel == "mosaic" and T <= mosaic.MOST_NEW):
         out = _finish(*_by_kernel(q_BKXH, pages, tables, positions, live, how), q.dtype)
     elif size == B:
         out = _attend_together(q_BKXH, pages, tables, positions, live, how)
@@ -110,19 +138,20 @@ def attend(
 
 def _group_size(rows: int, page_bytes: int) -> int:
     """Rows to attend at a time: all on an accelerator; on a CPU as many as its caches hold a page of the keys of."""
-    if not _on_cpu():
+    if _platform() != "cpu":
         return rows
     return max((n for n in range(1, rows + 1) if rows % n == 0 and n * page_bytes <= _GROUP_BYTES), default=1)
 
 
-def _on_cpu() -> bool:
+def _platform() -> str:
     device: Any = jax.sharding.get_abstract_mesh().abstract_device
-    return device.platform == "cpu"
+    return device.platform
 
 
 def _by_kernel(q_BKXH: Array, pages: Pages, tables: Array, positions: Array, live: Array, how: Seeing) -> triton.Sums:
     """Top, total and sums of each stretch of a row, as `_finish` takes them."""
-    p, page = pages.values.shape[-2], pages.values.shape[-2] * jax.lax.axis_size("context")
+    _, p = page_sizes(pages)
+    page = p * jax.lax.axis_size("context")
     end = jnp.max(jnp.where(live, positions, -1), axis=1) // page + 1
     first = jnp.zeros_like(end)
     if how.window is not None:
@@ -137,7 +166,8 @@ def _by_kernel(q_BKXH: Array, pages: Pages, tables: Array, positions: Array, liv
 
 def _attend_together(q_BKXH: Array, pages: Pages, tables: Array, positions: Array, live: Array, how: Seeing) -> Array:
     """Attention [B, K, X, H] of B rows, up to the longest of them."""
-    (_, _, X, H), p, dtype = q_BKXH.shape, pages.values.shape[-2], q_BKXH.dtype
+    (_, _, X, H), (_, p), dtype = q_BKXH.shape, page_sizes(pages), q_BKXH.dtype
+    of_keys, of_values = page_dims()
     devices, device = jax.lax.axis_size("context"), jax.lax.axis_index("context")
     # The last key that each of X = G T queries sees
     last_X = jnp.tile(positions, (1, X // positions.shape[1]))[:, None, :, None]
@@ -148,7 +178,7 @@ def _attend_together(q_BKXH: Array, pages: Pages, tables: Array, positions: Arra
         top, total, sums = carry
         at = jax.lax.dynamic_index_in_dim(tables, i, axis=1, keepdims=False)
         held = jax.tree.map(lambda a: a[at], pages)
-        keys, with_keys = held.keys.astype(dtype), f"BKXH,B{key_dims()[1:]}->BKXp"
+        keys, with_keys = held.keys.astype(dtype), f"BKXH,B{of_keys[1:]}->BKXp"
         scores = jnp.einsum(with_keys, q_BKXH, keys, preferred_element_type=jnp.float32)
         if held.key_scales is not None:
             scores *= held.key_scales[:, :, None, :]
@@ -163,8 +193,8 @@ def _attend_together(q_BKXH: Array, pages: Pages, tables: Array, positions: Arra
         total = total * shrink + weights.sum(-1)
         if held.value_scales is not None:
             weights *= held.value_scales[:, :, None, :]
-        values, of_values = held.values.astype(dtype), "BKXp,BKpH->BKXH"
-        seen = jnp.einsum(of_values, weights.astype(dtype), values, preferred_element_type=jnp.float32)
+        values, with_values = held.values.astype(dtype), f"BKXp,B{of_values[1:]}->BKXH"
+        seen = jnp.einsum(with_values, weights.astype(dtype), values, preferred_element_type=jnp.float32)
         return new_top, total, sums * shrink[..., None] + seen
 
     zeros = jnp.zeros(q_BKXH.shape, jnp.float32)

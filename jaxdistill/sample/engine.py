@@ -42,9 +42,7 @@ class EngineConfig:
         "compute"  # that the layers' matrices are stored in: 8 bits are half of bfloat16's bytes
     )
     cache_dtype: kv.CacheDtype = "compute"  # that keys and values are stored in
-    attention: Kernel | None = (
-        None  # what reads the cache; by default triton on GPUs, mosaic on TPUs, where they can; xla else
-    )
+    attention: Kernel | None = None  # what reads the cache; by default triton on GPUs where it can, xla elsewhere
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

@@ -55,6 +55,13 @@ def test_a_step_reads_weights_and_live_cache_and_copies_neither():
     assert found.roofline_s < found.step_s
 
 
+@pytest.mark.parametrize("kernel", ["xla", "mosaic"])
+def test_a_cache_of_many_heads_is_written_in_place(kernel: Any):
+    found = compiled(MeshConfig(data=16), attention=kernel)
+    assert found.cache == SLOTS * POSITIONS * POSITION_BYTES // 16
+    assert found.temporaries < 0.2 * found.cache, "no layer's keys or values are copied: they are a quarter"
+
+
 def test_pages_are_split_along_context_and_kept_in_8_bits():
     found = compiled(MeshConfig(data=1, context=4, tensor=4), cache_dtype="int8", weight_dtype="int8")
     scales = 2 * 4 * C.layers * C.kv_heads
