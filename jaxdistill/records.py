@@ -193,7 +193,7 @@ def read_json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[st
     """
     path = Path(path)
     sources.check(path)
-    suffix = sources.unsigned(path).suffix
+    suffix = sources.suffix(path)
     if suffix == parquet.SUFFIX:
         yield from parquet.read(path)
     elif suffix in array_records.SUFFIXES:

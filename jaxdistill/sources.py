@@ -39,8 +39,13 @@ def absolute(path: Path) -> str:
 
 
 def unsigned(path: Path) -> Path:
-    """A path without what a signed URL says after it: its name says what the file is, and its suffix the format."""
+    """A path without what a signed URL says after it: its name says what the file is."""
     return Path(str(path).partition("?")[0]) if is_remote(path) else path
+
+
+def suffix(path: Path) -> str:
+    """What a file's name says of its format."""
+    return unsigned(path).suffix
 
 
 def wrong(path: Path) -> str | None:

@@ -4,11 +4,9 @@ import base64
 import contextlib
 import hashlib
 import json
-import threading
-import time
 from collections.abc import Iterator
 
-import uvicorn
+import web_server
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -110,15 +108,5 @@ class Hub:
 def running_hub() -> Iterator[Hub]:
     """A hub at its `url`, gone at the end."""
     hub = Hub()
-    server = uvicorn.Server(uvicorn.Config(hub.app(), port=0, log_level="warning", lifespan="off"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.01)
-    hub.url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    try:
+    with web_server.running(hub.app()) as hub.url:
         yield hub
-    finally:
-        server.should_exit = True
-        thread.join(timeout=30)

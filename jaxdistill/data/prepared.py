@@ -176,11 +176,7 @@ def in_words(path: Path, wrong: Sequence[tuple[int, str]]) -> str:
 
 def _readable(path: Path) -> contextlib.AbstractContextManager[Path]:
     """The file as its readers take it: that of ArrayRecord reads from disks alone."""
-    return (
-        sources.on_disk(path)
-        if sources.unsigned(path).suffix in array_records.SUFFIXES
-        else contextlib.nullcontext(path)
-    )
+    return sources.on_disk(path) if sources.suffix(path) in array_records.SUFFIXES else contextlib.nullcontext(path)
 
 
 def plan(path: Path, tokenizer: Any, cache: Path) -> tuple[list[tuple[Stretch, Path]], Path, str]:
@@ -217,9 +213,9 @@ def _scan(path: Path, cache: Path) -> tuple[str, list[Stretch]]:
 
 def _look(path: Path) -> tuple[str, list[Stretch]]:
     """SHA-256 of a file, and its stretches, from its bytes."""
-    if sources.unsigned(path).suffix == parquet.SUFFIX:
+    if sources.suffix(path) == parquet.SUFFIX:
         return manifest.file_hash(path), _cut(parquet.groups(path))
-    if sources.unsigned(path).suffix not in array_records.SUFFIXES:
+    if sources.suffix(path) not in array_records.SUFFIXES:
         return _scan_lines(path)
     with _readable(path) as here:
         count = array_records.count(here)
@@ -253,9 +249,9 @@ def _cut(groups: Sequence[tuple[int, int]]) -> list[Stretch]:
 
 def _rows(path: Path, stretch: Stretch) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """Number and content of each row of a stretch, or what is wrong with it."""
-    if sources.unsigned(path).suffix == parquet.SUFFIX:
+    if sources.suffix(path) == parquet.SUFFIX:
         yield from parquet.read(path, range(stretch.start, stretch.stop), stretch.line)
-    elif sources.unsigned(path).suffix in array_records.SUFFIXES:
+    elif sources.suffix(path) in array_records.SUFFIXES:
         yield from records.read_array_records(path, range(stretch.start, stretch.stop))
     else:
         with sources.open_file(path) as file:

@@ -2,15 +2,13 @@
 
 import hashlib
 import json
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
 import pytest
 import tiny
-import uvicorn
+import web_server
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
@@ -52,18 +50,8 @@ def web(tmp_path: Path) -> Iterator[Web]:
     found = Web(tmp_path / "web")
     found.folder.mkdir()
     app = Starlette(routes=[Route("/{name}", found.serve)])
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="off"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.01)
-    found.url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    try:
+    with web_server.running(app) as found.url:
         yield found
-    finally:
-        server.should_exit = True
-        thread.join(timeout=30)
 
 
 @pytest.fixture(scope="module")
