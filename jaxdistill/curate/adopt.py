@@ -9,10 +9,10 @@ from pathlib import Path
 
 from jaxdistill.curate.contamination import EvaluationIndex, Read, read_evaluation_sets, read_rows
 from jaxdistill.curate.formats import to_example
-from jaxdistill.curate.reading import Dropped
-from jaxdistill.errors import RunError, UserError
+from jaxdistill.errors import UserError
 from jaxdistill.manifest import decontamination, write_config, write_manifest
 from jaxdistill.progress import say
+from jaxdistill.reading import Dropped, Malformed, check_kept
 from jaxdistill.records import Example, to_json, whole_file
 from jaxdistill.verify import VerifierPool
 
@@ -30,7 +30,7 @@ class ImportConfig:
     verify: bool = True  # drop rows whose answer is known and not the one they reach; without an answer they stay
     verify_timeout_s: float = 10.0  # seconds for one comparison with the known answer
     verify_workers: int = 2  # processes that compare answers
-    strict: bool = False  # end at the first malformed line instead of counting it
+    strict: bool = False  # end at the first malformed line instead of leaving it out
 
     def __post_init__(self) -> None:
         if not self.inputs:
@@ -52,14 +52,12 @@ def main(config: ImportConfig) -> Mapping[str, int]:
     write_config(config.workdir, config)
     reasons: Counter[str] = Counter()
     shapes: Counter[str] = Counter()
-    first = "no rows"
     with contextlib.ExitStack() as stack:
         verifiers = stack.enter_context(VerifierPool(config.verify_workers, timeout_s=config.verify_timeout_s))
         examples = stack.enter_context(whole_file(config.workdir / "examples.jsonl"))
         dropped = stack.enter_context(whole_file(config.workdir / "dropped.jsonl"))
         for row in _rows(config, index, verifiers):
             if isinstance(row, Dropped):
-                first = row.detail if not reasons else first
                 reasons[row.reason] += 1
                 dropped.write(to_json(row) + "\n")
             else:
@@ -70,8 +68,7 @@ def main(config: ImportConfig) -> Mapping[str, int]:
     write_manifest(config.workdir, "import", [*config.inputs, *config.evaluation_sets], counts, **facts)
     numbers = ", ".join(f"{number} {name}" for name, number in counts.items())
     say(f"import: {numbers}; kept in {config.workdir / 'examples.jsonl'}, a reason for every other in dropped.jsonl")
-    if not counts["kept"]:
-        raise RunError(f"nothing was kept ({numbers}), first because of: {first}")
+    check_kept(shapes.total(), reasons, config.workdir / "dropped.jsonl")
     return counts
 
 
@@ -80,7 +77,7 @@ def _rows(
 ) -> Iterator[Dropped | tuple[str, Example]]:
     """Each input row as (shape, example) or as its receipt; ids that come again get a number."""
     used: Counter[str] = Counter()
-    rows = map(_usable, read_rows(config.inputs, index, config.strict))
+    rows = map(_usable, read_rows(config.inputs, index, Malformed(config.strict)))
     while group := list(itertools.islice(rows, _GROUP)):
         outputs = [
             (one.row.response or "", one.row.answer)

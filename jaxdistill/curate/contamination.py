@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxdistill.curate.formats import Imported, UnknownShape, read_row, row_id
-from jaxdistill.curate.reading import Dropped, Line, read_lines
 from jaxdistill.curate.text import shingles, tokens
 from jaxdistill.errors import UserError
+from jaxdistill.reading import Dropped, Line, Malformed, read_lines
 
 SHINGLE_TOKENS = 8
 BOILERPLATE = 4  # evaluation problems that share a run of tokens, from which on it says nothing about any of them
@@ -76,7 +76,7 @@ def read_evaluation_sets(paths: Iterable[Path], least_share: float) -> Evaluatio
     items: list[tuple[str, str]] = []
     for path in paths:
         before = len(items)
-        for line in read_lines(path, strict=True):
+        for line in read_lines(path, Malformed(strict=True)):
             assert isinstance(line, Line)
             try:
                 row = read_row(line.values)
@@ -98,13 +98,13 @@ class Read:
     row: Imported
 
 
-def read_rows(inputs: Iterable[Path], index: EvaluationIndex, strict: bool) -> Iterator[Read | Dropped]:
+def read_rows(inputs: Iterable[Path], index: EvaluationIndex, malformed: Malformed) -> Iterator[Read | Dropped]:
     """Each row of files of any known shape, or its receipt: malformed, unknown_shape or contaminated.
 
     Raises as `read_lines`.
     """
     for path in inputs:
-        for line in read_lines(path, strict):
+        for line in read_lines(path, malformed):
             if isinstance(line, Dropped):
                 yield line
                 continue

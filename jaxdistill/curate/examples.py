@@ -9,7 +9,8 @@ from jaxdistill import thinking
 from jaxdistill.errors import UserError
 from jaxdistill.manifest import write_config, write_manifest
 from jaxdistill.progress import say
-from jaxdistill.records import Chain, Example, Problem, read_jsonl, write_jsonl
+from jaxdistill.reading import Dropped, Malformed, not_spoken, read_rows
+from jaxdistill.records import Chain, Example, Problem, write_jsonl
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,22 +19,28 @@ class ExamplesConfig:
 
     chains: Path  # JSON Lines or Parquet of Chain, as `jaxdistill collect` writes them
     workdir: Path  # run folder: examples.jsonl, config.json, manifest.json
+    strict: bool = False  # end at the first malformed line instead of leaving it out
 
 
 def main(config: ExamplesConfig) -> int:
     """Writes examples.jsonl and returns the number of examples.
 
     Raises:
-      UserError: the chains are missing, malformed, or none.
+      UserError: the chains are missing or none, or a line is malformed and `strict`.
     """
-    chains = read_jsonl(config.chains, Chain)
+    malformed = Malformed(config.strict)
+    rows = read_rows(config.chains, Chain, malformed, not_spoken)
+    chains = (row for row in rows if not isinstance(row, Dropped))
     first = next(chains, None)
     if first is None:
-        raise UserError(f"{config.chains}: holds no chain; expected at least one line, as `jaxdistill collect` writes")
+        raise UserError(
+            f"{config.chains}: holds no chain that can be read; expected at least one line, as `jaxdistill collect` "
+            "writes them"
+        )
     path = config.workdir / "examples.jsonl"
     count = write_jsonl(path, chains_to_examples(itertools.chain([first], chains)))
     write_config(config.workdir, config)
-    write_manifest(config.workdir, "examples", [config.chains], {"examples": count})
+    write_manifest(config.workdir, "examples", [config.chains], {"examples": count, **malformed.counts})
     say(f"examples: {count} from {config.chains} in {path}")
     return count
 
@@ -43,21 +50,14 @@ def chains_to_examples(chains: Iterable[Chain]) -> Iterator[Example]:
 
     The assistant's content is `<think>\n{reasoning}\n</think>\n{answer}` where the chain holds reasoning, else the
     answer as it is. System messages, which asked the teacher to think aloud, are left out: the student thinks unasked.
-
-    Raises:
-      UserError: a chain does not end with an answer.
     """
     for chain in chains:
-        if not chain.messages or not {"role", "content"} <= chain.messages[-1].keys():
-            raise UserError(
-                f"chain {chain.id!r} has {len(chain.messages)} messages; expected some, the last with role and content"
-            )
         *prompt, last = chain.messages
         reasoning = last.get("reasoning_content")
         content = last["content"].strip() if reasoning is None else thinking.join(reasoning, last["content"])
         yield Example(
             id=chain.id,
-            messages=(*(m for m in prompt if m.get("role") != "system"), {"role": "assistant", "content": content}),
+            messages=(*(m for m in prompt if m["role"] != "system"), {"role": "assistant", "content": content}),
             provenance=(chain.id,),
         )
 

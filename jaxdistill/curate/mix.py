@@ -12,7 +12,8 @@ from jaxdistill.curate.text import language
 from jaxdistill.errors import UserError
 from jaxdistill.manifest import write_config, write_manifest
 from jaxdistill.progress import say
-from jaxdistill.records import Example, read_jsonl, whole_file
+from jaxdistill.reading import Dropped, Malformed, check_kept, not_spoken, read_rows
+from jaxdistill.records import Example, whole_file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,7 @@ class MixConfig:
     workdir: Path  # run folder: examples.jsonl, config.json, manifest.json
     pairs: bool = False  # keep a conversation only if it is there in English and in Chinese
     seed: int = 0  # of the shuffle
+    strict: bool = False  # end at the first malformed line instead of leaving it out
 
     def __post_init__(self) -> None:
         if not self.examples:
@@ -46,9 +48,11 @@ def main(config: MixConfig) -> Mapping[str, int]:
     Memory: one row, and some 500 bytes for each.
 
     Raises:
-      UserError: a file is missing, malformed or empty, or two examples have one id.
+      UserError: a file is missing or empty, a line is malformed and `strict`, or two examples have one id.
+      RunError: nothing was kept; all files are written.
     """
-    rows = [place for path in config.examples for place in _places(path)]
+    malformed = Malformed(config.strict)
+    rows = [place for path in config.examples for place in _places(path, malformed)]
     repeated = [name for name, count in Counter(one.id for one in rows).items() if count > 1]
     if repeated:
         raise UserError(
@@ -64,14 +68,19 @@ def main(config: MixConfig) -> Mapping[str, int]:
             files[one.path].seek(one.start)
             mixed.write(files[one.path].readline().decode().strip() + "\n")
     languages = Counter(one.language for one in kept)
-    counts = {"kept": len(kept), **dict(sorted(languages.items())), "without_pair": len(rows) - len(kept)}
+    counts = {
+        "kept": len(kept),
+        **dict(sorted(languages.items())),
+        "without_pair": len(rows) - len(kept),
+    } | malformed.counts
     write_manifest(config.workdir, "mix", config.examples, counts)
     numbers = ", ".join(f"{count} {name}" for name, count in counts.items())
     say(f"mix: {numbers} in {config.workdir / 'examples.jsonl'}")
+    check_kept(len(kept), {"without_pair": len(rows), **malformed.counts})
     return counts
 
 
-def _places(path: Path) -> list[_Place]:
+def _places(path: Path, malformed: Malformed) -> list[_Place]:
     if sources.is_remote(path) or path.suffix in (parquet.SUFFIX, *array_records.SUFFIXES):
         raise UserError(
             f"{sources.name(path)}: its rows cannot be copied as they stand; expected JSON Lines of examples on a disk"
@@ -84,10 +93,11 @@ def _places(path: Path) -> list[_Place]:
             language=language(one.messages[0]["content"]),
             provenance=one.provenance,
         )
-        for one, start in zip(read_jsonl(path, Example), _starts(path), strict=True)
+        for one, start in zip(read_rows(path, Example, malformed, not_spoken), _starts(path), strict=True)
+        if not isinstance(one, Dropped)
     ]
     if not places:
-        raise UserError(f"{path}: holds no example; expected at least one line")
+        raise UserError(f"{path}: holds no example that can be read; expected at least one line")
     return places
 
 

@@ -14,13 +14,13 @@ from jaxdistill.curate.choices import open_question
 from jaxdistill.curate.contamination import EvaluationIndex, read_evaluation_sets, read_rows
 from jaxdistill.curate.duplicates import Fingerprints, find_duplicates, same_problem
 from jaxdistill.curate.formats import to_problem
-from jaxdistill.curate.reading import Dropped
 from jaxdistill.curate.rules import RULES, first_reason
 from jaxdistill.curate.statistics import Statistics
 from jaxdistill.curate.text import tokens
 from jaxdistill.errors import UserError
 from jaxdistill.manifest import decontamination, write_config, write_json, write_manifest
 from jaxdistill.progress import say
+from jaxdistill.reading import Dropped, Malformed, check_kept
 from jaxdistill.records import Problem, to_json, whole_file
 
 
@@ -35,7 +35,7 @@ class CurateConfig:
     rules: tuple[str, ...] = tuple(RULES)  # by name, in the order they are tried
     open_choices: bool = True  # turn multiple choice into an open question where it can do without its options
     duplicate_jaccard: float = 0.8  # least similarity of runs of 3 tokens of two problems that are one
-    strict: bool = False  # end at the first malformed line instead of counting it
+    strict: bool = False  # end at the first malformed line instead of leaving it out
     report: bool = False  # write report.html too: histograms, and random examples for each reason
     seed: int = 0  # of the report's examples
 
@@ -55,6 +55,7 @@ def main(config: CurateConfig) -> Mapping[str, int]:
 
     Raises:
       UserError: an input is missing, an evaluation set is not whole, or a line is malformed and `strict`.
+      RunError: nothing was kept; all files are written.
     """
     index = read_evaluation_sets(config.evaluation_sets, config.overlap)
     for path in config.inputs:
@@ -92,13 +93,14 @@ def main(config: CurateConfig) -> Mapping[str, int]:
     write_manifest(config.workdir, "curate", [*config.inputs, *config.evaluation_sets], counts, **facts)
     if config.report:
         page.write(config.workdir / "report.html", config, counts, statistics)
-    _conclude(config, counts, statistics)
+    _conclude(config, counts)
+    check_kept(statistics.kept, statistics.dropped, config.workdir / "dropped.jsonl")
     return counts
 
 
 def _rows(config: CurateConfig, index: EvaluationIndex) -> Iterator[Dropped | tuple[Problem, str]]:
     """Each input row as a problem that passes the rules, with its place, or as its receipt."""
-    for read in read_rows(config.inputs, index, config.strict):
+    for read in read_rows(config.inputs, index, Malformed(config.strict)):
         if isinstance(read, Dropped):
             yield read
             continue
@@ -176,9 +178,7 @@ def _spelled(answer: str) -> list[str]:
     return [token.lstrip("0") or "0" for token in tokens(answer)]
 
 
-def _conclude(config: CurateConfig, counts: Mapping[str, int], statistics: Statistics) -> None:
-    for row in statistics.samples.get("malformed", ())[:3]:
-        say(f"malformed: {row.place}: {row.detail}")
+def _conclude(config: CurateConfig, counts: Mapping[str, int]) -> None:
     numbers = ", ".join(f"{count} {name}" for name, count in counts.items())
     line = f"curate: {numbers}; kept in {config.workdir / 'problems.jsonl'}, a reason for every other in dropped.jsonl"
     say(line)

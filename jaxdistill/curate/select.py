@@ -9,7 +9,8 @@ from jaxdistill.curate.reflection import reflect
 from jaxdistill.errors import UserError
 from jaxdistill.manifest import write_config, write_manifest
 from jaxdistill.progress import say
-from jaxdistill.records import Example, read_jsonl, write_jsonl
+from jaxdistill.reading import Dropped, Malformed, check_kept, not_spoken, read_rows
+from jaxdistill.records import Example, write_jsonl
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,7 @@ class SelectConfig:
     count: int = 5000  # examples to choose; the paper chose about 5,000
     backtrack_weight: float = 5.0  # markers that one changed result is worth
     least_tokens: int = 100  # shorter chains are left out: one "wait" in ten words is no reflection
+    strict: bool = False  # end at the first malformed line instead of leaving it out
 
     def __post_init__(self) -> None:
         if self.count < 1:
@@ -48,17 +50,19 @@ def main(config: SelectConfig) -> Mapping[str, int]:
     Ties are broken by the order of the input. Memory: one example, and some 100 bytes for each.
 
     Raises:
-      UserError: the examples are missing, malformed or none.
+      UserError: the examples are missing or none, or a line is malformed and `strict`.
+      RunError: nothing was kept; all files are written.
     """
-    scores = [_score(config, one) for one in read_jsonl(config.examples, Example)]
+    malformed = Malformed(config.strict)
+    scores = [_score(config, one) for one in _examples(config, malformed)]
     if not scores:
-        raise UserError(f"{config.examples}: holds no example; expected at least one line")
+        raise UserError(f"{config.examples}: holds no example that can be read; expected at least one line")
     able = ((row.score, -number) for number, row in enumerate(scores) if row.tokens >= config.least_tokens)
     chosen = {-number for _, number in heapq.nlargest(config.count, able)}
     rows = [dataclasses.replace(row, chosen=number in chosen) for number, row in enumerate(scores)]
 
     def kept() -> Iterator[Example]:
-        for row, one in zip(rows, read_jsonl(config.examples, Example), strict=True):
+        for row, one in zip(rows, _examples(config, Malformed(told=0)), strict=True):
             if row.chosen:
                 yield one
 
@@ -67,10 +71,17 @@ def main(config: SelectConfig) -> Mapping[str, int]:
     write_jsonl(config.workdir / "scores.jsonl", rows)
     short = sum(row.tokens < config.least_tokens for row in rows)
     counts = {"kept": len(chosen), "less_reflective": len(rows) - len(chosen) - short, "too_short": short}
+    counts |= malformed.counts
     least = min((row.score for row in rows if row.chosen), default=0.0)
     write_manifest(config.workdir, "select", [config.examples], counts, least_score=least)
     say(f"select: {len(chosen)} of {len(rows)} examples, scores from {least:.1f} per 1,000 tokens")
+    check_kept(len(chosen), {name: count for name, count in counts.items() if name != "kept"})
     return counts
+
+
+def _examples(config: SelectConfig, malformed: Malformed) -> Iterator[Example]:
+    rows = read_rows(config.examples, Example, malformed, not_spoken)
+    return (row for row in rows if not isinstance(row, Dropped))
 
 
 def _score(config: SelectConfig, one: Example) -> Scored:

@@ -7,9 +7,9 @@ from collections import Counter
 from typing import Any
 
 from jaxdistill.curate.numerical import is_number
-from jaxdistill.curate.reading import Dropped
 from jaxdistill.curate.reflection import count_markers
 from jaxdistill.curate.text import tokens
+from jaxdistill.reading import Dropped
 from jaxdistill.records import Problem
 
 SAMPLES = 8  # random examples kept for each reason

@@ -20,6 +20,7 @@ TEXT = (
         "parquet",
         "array_records",
         "records",
+        "reading",
         "manifest",
         "progress",
         "html",

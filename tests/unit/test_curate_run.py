@@ -11,9 +11,9 @@ import curation
 import pytest
 
 from jaxdistill import manifest
-from jaxdistill.curate.reading import Dropped
 from jaxdistill.curate.run import CurateConfig, main
 from jaxdistill.errors import UserError
+from jaxdistill.reading import Dropped
 from jaxdistill.records import Problem, read_jsonl
 
 LONG = "A farmer has {} cows, sells a third of them, and then buys as many again as he has left. How many has he now?"

@@ -15,10 +15,10 @@ from jaxdistill.collect.teacher import TeacherConfig
 from jaxdistill.curate import adopt, mix, select, translate
 from jaxdistill.curate.formats import UnknownShape, read_row, split_thought
 from jaxdistill.curate.gates import reformat_gate, translation_gate
-from jaxdistill.curate.reading import Dropped
 from jaxdistill.curate.reflection import backtracks, count_markers, reflect
 from jaxdistill.curate.text import language, named_numbers, numbers, tokens
 from jaxdistill.errors import RunError, UserError
+from jaxdistill.reading import Dropped
 from jaxdistill.records import Example, Problem, read_jsonl, write_jsonl
 from jaxdistill.verify import Verifier
 

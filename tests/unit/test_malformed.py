@@ -1,0 +1,85 @@
+"""A malformed line is told with file and number, counted and left out by every stage; --strict ends the command."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import rows
+
+from jaxdistill import cli
+from jaxdistill.records import Example, to_json
+
+WORDS = "and so we add the numbers up, and wait for the sum. " * 20
+EXAMPLES = [
+    Example(id=f"e{i}", messages=({"role": "user", "content": "?"}, {"role": "assistant", "content": WORDS}))
+    for i in range(4)
+]
+BAD = ["{half", '["a list"]', '{"id": "x", "words": 1}', '{"id": "x", "messages": []}']
+STAGES = {
+    "curate": ("inputs", "problems.jsonl"),
+    "refine import": ("inputs", "examples.jsonl"),
+    "refine select": ("examples", "examples.jsonl"),
+    "refine mix": ("examples", "examples.jsonl"),
+    "examples": ("chains", "examples.jsonl"),
+}
+
+
+def good(stage: str) -> list[str]:
+    if stage == "examples":
+        return [to_json(rows.chain(id=f"c{i}")) for i in range(4)]
+    if stage in ("curate", "refine import"):
+        return [json.dumps({"id": f"p{i}", "problem": f"What is {i} + {i}?", "answer": f"{2 * i}"}) for i in range(4)]
+    return [to_json(one) for one in EXAMPLES]
+
+
+def run(stage: str, path: Path, *options: str) -> int:
+    """The exit code of a command line."""
+    try:
+        cli.main([*stage.split(), f"--{STAGES[stage][0]}", str(path), "--workdir", str(path.parent / "run"), *options])
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    return 0
+
+
+@pytest.mark.parametrize("stage", ["curate", "refine select", "refine mix", "examples"])
+def test_malformed_lines_are_told_and_left_out(stage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    lines, path = good(stage), tmp_path / "rows.jsonl"
+    bad = BAD[:2] if stage == "curate" else BAD  # which reads rows of any shape
+    path.write_text("\n".join([*lines[:2], *bad, "", *lines[2:]]) + "\n")
+    assert run(stage, path) == 0
+    said = capsys.readouterr().err
+    for number in range(3, 3 + len(bad)):
+        assert f"malformed: {path}:{number}: " in said
+    counts = json.loads((tmp_path / "run" / "manifest.json").read_text())["counts"]
+    assert counts["malformed"] == len(bad)
+    kept = (tmp_path / "run" / STAGES[stage][1]).read_text().splitlines()
+    assert len(kept) == 4 == next(iter(counts.values()))
+    assert run(stage, path, "--strict") == 2
+    assert f"{path}:3: malformed: not valid JSON" in capsys.readouterr().err
+
+
+def test_of_many_malformed_lines_the_first_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join([*good("refine mix"), *["{"] * 500]))
+    assert run("refine mix", path) == 0
+    assert capsys.readouterr().err.count("malformed:") == 11
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["counts"]["malformed"] == 500
+
+
+NOTHING: dict[str, tuple[list[Any], tuple[str, ...], str]] = {
+    "curate": ([{"problem": "Prove it.", "answer": "1"}] * 3 + [{"x": 1}], (), "3 proof, 1 unknown_shape; "),
+    "refine import": ([{"problem": "What is 1 + 1?"}] * 3, (), "3 no_response; "),
+    "refine select": (good("refine select"), ("--least-tokens", "100000"), "4 too_short"),
+    "refine mix": (good("refine mix"), ("--pairs",), "4 without_pair"),
+}
+
+
+@pytest.mark.parametrize("stage", NOTHING)
+def test_a_stage_that_keeps_nothing_fails_and_says_why(stage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    values, options, why = NOTHING[stage]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f"{one if isinstance(one, str) else json.dumps(one)}\n" for one in values))
+    assert run(stage, path, *options) == 1
+    assert f"nothing was kept, most often because of: {why}" in capsys.readouterr().err
+    assert (tmp_path / "run" / STAGES[stage][1]).read_text() == ""
