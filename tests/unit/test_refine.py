@@ -3,6 +3,7 @@
 import contextlib
 import http.server
 import json
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from jaxdistill.collect.teacher import TeacherConfig
 from jaxdistill.curate import adopt, mix, select, translate
 from jaxdistill.curate.formats import UnknownShape, read_row, split_thought
 from jaxdistill.curate.gates import reformat_gate, translation_gate
-from jaxdistill.curate.reflection import backtracks, count_markers, reflect
+from jaxdistill.curate.reflection import _CORRECTION, _CORRECTIONS, _MARKER, MARKERS, backtracks, count_markers, reflect
 from jaxdistill.curate.text import language, named_numbers, numbers, tokens
 from jaxdistill.errors import RunError, UserError
 from jaxdistill.reading import Dropped
@@ -130,6 +131,22 @@ def test_markers_are_counted_in_both_languages() -> None:
     assert count_markers("Wait, let me verify and double-check. Note that 2 is even. In summary, await.") == 4
     assert count_markers("等等, 我来验证一下.") == 2
     assert reflect("wait " * 10).score(5.0) == 1000.0
+
+
+def test_looking_at_first_letters_changes_nothing_that_is_found(shared_data: Path) -> None:
+    plain = {
+        _MARKER: [alternative for alternatives in MARKERS.values() for alternative in alternatives],
+        _CORRECTION: list(_CORRECTIONS),
+    }
+    texts = ["WAIT, Verify; Ｗait. 等等, 实际上: ſhould be, DOUBLE CHECK, re-check, recheck, to wait", ENGLISH, CHINESE]
+    for path in sorted((shared_data / "long_thought").glob("*.jsonl")):
+        rows = path.read_text(encoding="utf-8").splitlines()
+        texts += [json.dumps(json.loads(row), ensure_ascii=False) for row in rows[:20]]
+    for fast, alternatives in plain.items():
+        slow = re.compile("|".join(alternatives), re.IGNORECASE)
+        found = [[match.span() for match in fast.finditer(text)] for text in texts]
+        assert found == [[match.span() for match in slow.finditer(text)] for text in texts]
+        assert sum(map(len, found)) > 100
 
 
 def chain(name: str, text: str) -> Example:
