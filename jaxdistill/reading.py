@@ -1,9 +1,13 @@
 """Reads rows that others wrote: a malformed line is told, counted and left out, and never stops the rest by itself."""
 
+import array
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
+
+import numpy as np
 
 from jaxdistill import sources
 from jaxdistill.errors import RunError, UserError
@@ -115,3 +119,80 @@ def check_kept(kept: int, counts: Mapping[str, int], receipts: Path | None = Non
     why = ", ".join(f"{count} {name}" for count, name in reasons[:3]) or "there were no rows"
     where = f"; {receipts} has the reason of each" if receipts and reasons else ""
     raise RunError(f"nothing was kept, most often because of: {why}{where}")
+
+
+class Rows(Generic[Row]):
+    """The rows of a file that are well-formed and wanted, read anew by each iteration.
+
+    Memory: one row; 8 bytes for each where ids are to be unique. The malformed lines are told when it is made.
+
+    Args:
+      wanted: of which rows it is made; the others are in `everything` alone.
+      as_kept: what of a row is needed.
+      unique: no two rows may have one id.
+
+    Raises:
+      UserError: there is no such file, it holds no row, two have one id, or a line is malformed and `strict`.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        row_type: type[Row],
+        *,
+        strict: bool = False,
+        wrong: Callable[[Row], str | None] = lambda _: None,
+        wanted: Callable[[Row], bool] = lambda _: True,
+        as_kept: Callable[[Row], Row] = lambda row: row,
+        unique: bool = False,
+    ):
+        sources.check(path)
+        self._path, self._type, self._wrong, self._as_kept = path, row_type, wrong, as_kept
+        self.wanted, self._version = wanted, sources.version(path)
+        malformed, hashes = Malformed(strict), array.array("q")
+        self._count, self.unwanted = 0, 0
+        for row in read_rows(path, row_type, malformed, wrong):
+            if isinstance(row, Dropped):
+                continue
+            self._count += wanted(row)
+            self.unwanted += not wanted(row)
+            if unique:
+                hashes.append(hash(_id(row)))
+        self.malformed = malformed.count
+        if not self._count + self.unwanted:
+            raise UserError(f"{sources.name(path)}: found no row that can be read, expected one a line")
+        if mistakes := list(itertools.islice(self._repeated(hashes), _TOLD)):
+            raise UserError(f"{sources.name(path)}: {'; '.join(mistakes)}; expected an id of its own a row")
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Row]:
+        return (self._as_kept(row) for row in self.everything() if not isinstance(row, Dropped) and self.wanted(row))
+
+    def everything(self) -> Iterator[Row | Dropped]:
+        """All rows, and the receipts of malformed lines, in their order.
+
+        Raises:
+          RunError: the file is another one now.
+        """
+        if self._version != sources.version(self._path):
+            raise RunError(f"{sources.name(self._path)} changed while it was worked on; run the same command again")
+        return read_rows(self._path, self._type, Malformed(told=0), self._wrong)
+
+    def _repeated(self, hashes: "array.array[int]") -> Iterator[str]:
+        """What is wrong with ids that come again."""
+        ordered = np.sort(np.frombuffer(hashes, np.int64)) if hashes else np.zeros(0, np.int64)
+        again = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+        places: dict[str, str] = {}
+        for line in read_lines(self._path, Malformed(told=0)) if again else ():
+            name = line.values.get("id") if isinstance(line, Line) else None
+            if not isinstance(name, str) or hash(name) not in again:
+                continue
+            here = line.place.rpartition(":")[2]
+            if (first := places.setdefault(name, here)) != here:
+                yield f"line {here} repeats the id {name!r} of line {first}"
+
+
+def _id(row: Any) -> str:
+    return row.id

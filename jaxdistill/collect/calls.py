@@ -5,10 +5,13 @@ from typing import Literal
 
 from jaxdistill.collect.reply import Reply, UnreadableReply, read_reply
 from jaxdistill.collect.request import Failure, Request, Response
+from jaxdistill.reading import Dropped
 from jaxdistill.records import Problem, Usage, Verdict
 from jaxdistill.verify import Verifier, boxed_answers, extract_answer
 
 Reason = Literal[
+    # of a line of the input
+    "malformed",
     # of any answer
     "wrong",
     "truncated",
@@ -39,6 +42,11 @@ class Receipt:
     usage: Usage = Usage()  # what it cost all the same
 
 
+def malformed_line(row: Dropped) -> Receipt:
+    """The receipt of a line that holds no row."""
+    return Receipt(id=row.id, problem_id="", reason="malformed", detail=row.detail)
+
+
 @dataclasses.dataclass(frozen=True)
 class Call:
     """One planned call: `id` is problem id / sample index."""
@@ -46,6 +54,7 @@ class Call:
     problem: Problem
     request: Request
     key: str
+    number: int = 0  # of the problem, in the order of the input
 
     @property
     def id(self) -> str:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from jaxdistill.collect.commits import Commits
 from jaxdistill.collect.config import LEDGER, RunConfig
 from jaxdistill.collect.ledger import Account, Ledger
 from jaxdistill.collect.prices import NANO
-from jaxdistill.collect.request import Failure, Request, Response
+from jaxdistill.collect.request import Failure, Response
 from jaxdistill.collect.sampling import Plan
 from jaxdistill.collect.sender import Sender
 from jaxdistill.collect.teacher import Teacher
@@ -28,6 +29,10 @@ INTERRUPTED = "interrupted"
 OVER_BUDGET = "over budget"
 _TICK_S = 0.1  # seconds between two looks for outcomes
 _GROUP = 100  # answers judged at a time
+_PLANNED = 500  # calls recorded at a time
+_WINDOW_BYTES, _BATCH_WINDOW_BYTES = 64 << 20, 512 << 20  # of calls that wait for an answer, about, in memory
+_CALL_BYTES = 3000  # of a call beside its texts
+_AHEAD = 4  # calls that wait, at least, for each that may be under way
 
 
 class Campaign:
@@ -37,9 +42,11 @@ class Campaign:
         self.teacher, self.ledger, self.sampling = teacher, ledger, sampling
         self.config, self.verifier = config, verifier
         self.ended: str | None = None
-        self._settled: set[str] = set()
+        self._calls: Iterator[Call] = iter(())  # those that are still to be planned
+        self._more = True  # whether there are any
         self._waiting: dict[str, list[Call]] = {}
-        self._total = 0
+        self._waiting_bytes = 0
+        self._total = sampling.starts
 
     def run(self, title: str, path: Path) -> Account:
         """Runs it to its end and returns what it cost; `path` is the ledger's.
@@ -63,12 +70,12 @@ class Campaign:
         async with Commits(self.ledger) as commits, contextlib.AsyncExitStack() as stack:
             for key, raw in await commits(self.ledger.unsettled):
                 await settle(self.teacher, commits, key, raw)
-            self._settled = await commits(self.ledger.settled)
-            await self._plan(self.sampling.start(), commits, shown)
+            self._calls = iter(self.sampling.start())
+            while await self._refill(commits, shown):
+                pass
             if not self._waiting:
                 return
-            under_way = self.config.workers * self.teacher.config.in_flight
-            spare.hold(path, under_way, self.teacher.config.larger_max_tokens or self.teacher.config.max_tokens)
+            spare.hold(path, self._under_way, self.teacher.config.larger_max_tokens or self.teacher.config.max_tokens)
             over = asyncio.Event()
             with interruptible(lambda: asyncio.ensure_future(commits(self.ledger.stop, INTERRUPTED))):
                 count = self.config.workers - 1 if not self.teacher.in_batches else 0
@@ -103,37 +110,67 @@ class Campaign:
     ) -> None:
         """Judges outcomes as they come, until there is none left to wait for."""
         seen = 0
-        while self._waiting and not sending.done():
+        while (self._waiting or self._more) and not sending.done():
             check()
             news = await commits(self.ledger.outcomes, seen)
             calls = [call for _, key in news for call in self._waiting.pop(key, [])]
             if news:
                 seen = news[-1][0]
-                self._settled.update(key for _, key in news)
+                self._waiting_bytes -= sum(map(_size, calls))
                 await self._plan(await self._judge(calls, commits, shown, earlier=False), commits, shown)
+            refilled = await self._refill(commits, shown)
             standing = await commits(self.ledger.standing)
             shown.show(standing.account, self._total, standing.trouble)
-            if news or standing.out or (standing.in_batches and not standing.account.stop):
-                await asyncio.sleep(0 if len(news) > 100 else _TICK_S)
+            if news or refilled or standing.out or (standing.in_batches and not standing.account.stop):
+                await asyncio.sleep(0 if refilled or len(news) > 100 else _TICK_S)
                 continue
             if standing.account.stop or not standing.fits:
                 if await commits(self.ledger.outcomes, seen):
                     continue
                 self.ended = standing.account.stop or OVER_BUDGET
+                while await self._refill(commits, shown):  # what was answered before is a result all the same
+                    pass
                 return
             await asyncio.sleep(_TICK_S)
 
+    @property
+    def _under_way(self) -> int:
+        return self.config.workers * self.teacher.config.in_flight
+
+    @property
+    def _room(self) -> bool:
+        """Whether further calls are to be planned: those that wait are held in memory."""
+        window = _BATCH_WINDOW_BYTES if self.teacher.in_batches else _WINDOW_BYTES
+        few = len(self._waiting) < _AHEAD * self._under_way
+        return self._more and (few or self._waiting_bytes < window or self.ended is not None)
+
+    async def _refill(self, commits: Commits, shown: Board) -> bool:
+        """Plans some of the calls that are still to be planned, where there is room for them."""
+        if not self._room:
+            return False
+        calls = list(itertools.islice(self._calls, _PLANNED))
+        self._more = bool(calls)
+        await self._plan(calls, commits, shown)
+        return bool(calls)
+
     async def _plan(self, calls: list[Call], commits: Commits, shown: Board) -> None:
-        """Records calls to be sent; those whose answer is there are judged at once, which may lead to further ones."""
+        """Records calls to be sent, unless the run has ended.
+
+        Those whose answer is there are judged at once, which may lead to further ones.
+        """
         while calls:
-            self._total += len(calls)
-            new = {call.key: call.request for call in calls if call.key not in self._settled}
+            settled = await commits(self.ledger.settled, [call.key for call in calls])
+            new = [call for call in calls if call.key not in settled and self.ended is None]
             if new:
-                await commits(self.ledger.record, [(r, *worst_case(self.teacher, r)) for r in new.values()])
-            for call in calls:
-                if call.key in new:
-                    self._waiting.setdefault(call.key, []).append(call)
-            calls = await self._judge([c for c in calls if c.key in self._settled], commits, shown, earlier=True)
+                requests = {call.key: call.request for call in new}
+                await commits(
+                    self.ledger.record,
+                    [(r, *worst_case(self.teacher, r.most_prompt_tokens, r.max_tokens)) for r in requests.values()],
+                )
+            for call in new:
+                self._waiting.setdefault(call.key, []).append(call)
+                self._waiting_bytes += _size(call)
+            calls = await self._judge([c for c in calls if c.key in settled], commits, shown, earlier=True)
 
     async def _judge(self, calls: list[Call], commits: Commits, shown: Board, *, earlier: bool) -> list[Call]:
         """Judges calls that have an outcome; returns those to make because of it."""
@@ -143,11 +180,11 @@ class Campaign:
             outcomes = await commits(lambda group=group: [self.ledger.result(call.key) for call in group])
             results = await asyncio.to_thread(self._judge_all, group, outcomes)  # sending goes on meanwhile
             for call, judged in zip(group, results, strict=True):
-                further += self.sampling.judged(call, judged)
-                if call.id in self.sampling.results:
+                ended, calls_of_it = self.sampling.judged(call, judged)
+                further += calls_of_it
+                self._total += len(calls_of_it) - (not ended)  # a larger try takes its place
+                if ended:
                     shown.judged(judged, earlier=earlier)
-                else:
-                    self._total -= 1  # a larger try takes its place
         return further
 
     def _judge_all(self, calls: list[Call], outcomes: list[Response | Failure]) -> list[Judged]:
@@ -172,11 +209,17 @@ def answered(
         yield ledger, account, campaign.ended
 
 
-def worst_case(teacher: Teacher, request: Request) -> tuple[int, int]:
-    """Most that one attempt can cost: billionths of a dollar, and tokens."""
-    prompt = -(-request.most_prompt_tokens // 256) * 256  # rounded up, so that the price is looked up a few times only
-    usage = Usage(prompt_tokens=prompt, output_tokens=request.max_tokens)
-    return teacher.prices.nano(usage), prompt + request.max_tokens
+def _size(call: Call) -> int:
+    """Bytes of memory, about."""
+    texts = (call.problem.problem, call.problem.solution or "")
+    return _CALL_BYTES + call.request.most_prompt_tokens + sum(map(len, texts))
+
+
+def worst_case(teacher: Teacher, prompt_tokens: int, output_tokens: int) -> tuple[int, int]:
+    """What one attempt with so many tokens at most can cost: billionths of a dollar, and tokens."""
+    prompt = -(-prompt_tokens // 256) * 256  # rounded up, so that the price is looked up a few times only
+    usage = Usage(prompt_tokens=prompt, output_tokens=output_tokens)
+    return teacher.prices.nano(usage), prompt + output_tokens
 
 
 @contextlib.contextmanager

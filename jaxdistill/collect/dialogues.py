@@ -14,19 +14,22 @@ every other.
 import collections
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 from jaxdistill.collect.calls import Call, Judged, judge_whole, read_whole
+from jaxdistill.collect.outcomes import Outcomes
 from jaxdistill.collect.prices import NANO
 from jaxdistill.collect.prompting import COLLECT_PROMPTS, fill, prompt_id, read_prompt
 from jaxdistill.collect.reply import Reply
 from jaxdistill.collect.request import Failure, Request, Response
+from jaxdistill.collect.sampling import Problems
 from jaxdistill.records import Chain, Message, Problem, Usage
 from jaxdistill.verify import Verifier
 
 Method = Literal["journey", "debate"]
 Requesting = Callable[[tuple[Message, ...], int, str], Request]  # messages, number of the turn, name of the prompts
+_NUMBERED = 4  # tokens that one of an answer may be in a prompt: alone on its line, with the line's number before it
 _STEP = re.compile(r"^\W*Step\W+(\d+|none)\W*$", re.IGNORECASE | re.MULTILINE)
 
 
@@ -35,33 +38,40 @@ class Dialogues:
 
     def __init__(
         self,
-        problems: Iterable[Problem],
+        problems: Problems,
         method: Method,
         attempts: int,
         system: tuple[Message, ...],
         requesting: Requesting,
     ):
-        self.problems = list(problems)
+        self.problems = problems
         self._method, self._attempts, self._system, self._requesting = method, attempts, system, requesting
         self._review, self._revise = (
             read_prompt(f"{method}_{part}.v1", COLLECT_PROMPTS) for part in ("review", "revise")
         )
         self.prompt_text = "\n\n".join([*(m["content"] for m in system), self._review, self._revise])
         self.prompt_name = prompt_id(method, self.prompt_text)
-        self.results: dict[str, tuple[Call, Judged]] = {}  # by id of the last call
-        self.nano: dict[str, int] = {}  # cost by request
-        self._turns: dict[str, list[tuple[Call, Judged]]] = collections.defaultdict(list)  # by id of the problem
-        self._ends: dict[str, tuple[Call, Judged]] = {}
+        self._outcomes = Outcomes()  # the request that ended each dialogue, what became of it, and the thought
+        self._turns: dict[int, list[tuple[Call, Judged]]] = collections.defaultdict(list)  # of those that go on
         self._replies: dict[str, Reply] = {}  # by id of the call
 
     @property
-    def most(self) -> int:
-        """Calls at most."""
-        return len(self.problems) * (2 * self._attempts - 1)
+    def starts(self) -> int:
+        """How many dialogues there are."""
+        return len(self.problems)
 
-    def start(self) -> list[Call]:
+    def at_worst(self, call: Call) -> Iterator[tuple[int, int]]:
+        """Tokens of a dialogue's requests; each later prompt may hold the steps of all answers before it, numbered."""
+        prompt, most = call.request.most_prompt_tokens, call.request.max_tokens
+        words = max(len(part.encode()) for part in (self._review, self._revise))
+        yield prompt, most
+        for turn in range(1, 2 * self._attempts - 1):
+            yield prompt + words + _NUMBERED * turn * most, most
+
+    def start(self) -> Iterator[Call]:
         """The first attempts."""
-        return [self._call(problem, 0, (*self._system, _user(problem.problem))) for problem in self.problems]
+        for number, problem in enumerate(self.problems):
+            yield self._call(number, problem, 0, (*self._system, _user(problem.problem)))
 
     def judge(self, call: Call, outcome: Response | Failure, verifier: Verifier) -> Judged:
         """Whether an attempt is whole and right, or a review whole and to the point."""
@@ -76,39 +86,48 @@ class Dialogues:
             return dataclasses.replace(whole, reason="failed", detail="the review names no wrong step")
         return whole
 
-    def judged(self, call: Call, judged: Judged) -> list[Call]:
-        """Takes what became of a call; returns the next one of its dialogue."""
-        self.nano[call.key] = judged.nano
-        turns = self._turns[call.problem.id]
+    def judged(self, call: Call, judged: Judged) -> tuple[bool, list[Call]]:
+        """Takes what became of a call; returns whether its dialogue is over, and its next call."""
+        self._outcomes.pay(call.key, judged.nano)
+        turns = self._turns[call.number]
         turns.append((call, judged))
         if message := self._next(call.problem, turns):
-            return [self._call(call.problem, len(turns), (message,))]
-        self.results[call.id] = self._ends[call.problem.id] = _end(turns)
-        return []
+            return False, [self._call(call.number, call.problem, len(turns), (message,))]
+        last, end = _end(turns)
+        thought = self._follow(turns)[0] if end.reason is None and len(turns) > 1 else None
+        self._outcomes.put(call.number, 0, (last.request, end, thought))
+        for turn, _ in self._turns.pop(call.number):
+            self._replies.pop(turn.id, None)
+        return True, []
 
     def in_order(self) -> Iterator[tuple[Call, Judged]]:
         """How each dialogue ended: its last attempt, or the call that broke it off, with the usage of all."""
-        return (self._ends[problem.id] for problem in self.problems if problem.id in self._ends)
+        for number, problem in enumerate(self.problems):
+            for _, (request, judged, _) in self._outcomes.of(number):
+                yield Call(problem, request, request.key, number), judged
 
-    def told(self, chain: Chain) -> Chain:
+    def paid(self) -> int:
+        """What all calls cost, in billionths of a dollar."""
+        return self._outcomes.paid()
+
+    def told(self, call: Call, judged: Judged, chain: Chain) -> Chain:
         """The chain of a last attempt with the whole dialogue as its thought."""
-        turns = self._turns[chain.problem_id]
-        if len(turns) == 1:
+        ((_, (_, _, thought)),) = self._outcomes.of(call.number)
+        if thought is None:
             return chain
-        thought, _ = self._follow(turns)
-        question = (*self._system, _user(turns[0][0].problem.problem))
+        question = (*self._system, _user(call.problem.problem))
         answer = {"role": "assistant", "content": chain.messages[-1]["content"], "reasoning_content": thought}
         return dataclasses.replace(
             chain,
             messages=(*question, answer),
             reasoning_kind="synthesized",
-            usage=_total([judged.usage for _, judged in turns]),
-            cost_usd=sum(judged.nano for _, judged in turns) / NANO,
+            usage=judged.usage,
+            cost_usd=judged.nano / NANO,
         )
 
-    def _call(self, problem: Problem, turn: int, messages: tuple[Message, ...]) -> Call:
+    def _call(self, number: int, problem: Problem, turn: int, messages: tuple[Message, ...]) -> Call:
         request = self._requesting(messages, turn, self.prompt_name)
-        return Call(problem, request, request.key)
+        return Call(problem, request, request.key, number)
 
     def _next(self, problem: Problem, turns: list[tuple[Call, Judged]]) -> Message | None:
         """What to ask after these turns, None where the dialogue is over."""

@@ -349,9 +349,14 @@ class Ledger:
             "SELECT seq, key FROM outcomes WHERE seq > ? ORDER BY seq LIMIT 1000", (after,)
         ).fetchall()
 
-    def settled(self) -> set[str]:
-        """Keys of the requests that have an answer or a refusal, from whatever run."""
-        return {k for (k,) in self.database.execute("SELECT key FROM requests WHERE state IN ('done', 'refused')")}
+    def settled(self, keys: Iterable[str]) -> set[str]:
+        """Which of the requests have an answer or a refusal, from whatever run, or were given up in this one."""
+        found = self.database.execute(
+            "SELECT key FROM requests WHERE key IN (SELECT value FROM json_each(?)) "
+            "AND state IN ('done', 'refused', 'failed')",
+            (json.dumps(list(keys)),),
+        )
+        return {key for (key,) in found}
 
     def result(self, key: str) -> Response | Failure:
         """The answer to a recorded request, or why there is none."""

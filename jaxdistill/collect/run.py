@@ -1,30 +1,32 @@
 """The `collect` command: problems.jsonl -> chains.jsonl with verified chains, and a receipt for everything else."""
 
-import collections
+import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from jaxdistill import parquet
 from jaxdistill.collect import referee, viewer
 from jaxdistill.collect.board import dollars
-from jaxdistill.collect.calls import Call, Judged, Receipt
+from jaxdistill.collect.calls import Call, Judged, Receipt, malformed_line
 from jaxdistill.collect.campaign import answered
 from jaxdistill.collect.config import RunConfig, ready
 from jaxdistill.collect.dialogues import Dialogues
-from jaxdistill.collect.estimate import estimate
+from jaxdistill.collect.estimate import Judge, estimate
 from jaxdistill.collect.ledger import Ledger
-from jaxdistill.collect.output import conclude, costs
+from jaxdistill.collect.output import Tally, conclude, costs
 from jaxdistill.collect.prices import NANO
 from jaxdistill.collect.prompting import COLLECT_PROMPTS, prompt_id, read_prompt
 from jaxdistill.collect.reply import read_reply
 from jaxdistill.collect.request import Request, Response
-from jaxdistill.collect.sampling import Plan, Sampling, pass_rates
+from jaxdistill.collect.sampling import Problems, Sampling
 from jaxdistill.collect.teacher import Teacher, TeacherConfig
 from jaxdistill.errors import UserError
 from jaxdistill.manifest import write_manifest
-from jaxdistill.records import Chain, Message, Problem, read_problems, write_jsonl
+from jaxdistill.reading import Dropped, Rows
+from jaxdistill.records import Chain, Message, Problem, to_json, whole_file, write_jsonl
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,7 @@ class CollectConfig(RunConfig):
     judge_budget_usd: float | None = None  # of the judge; hard, over all runs on this folder
     judge_budget_tokens: int | None = None  # of the judge, as above; prompt and output together
     attempts: int = 3  # solutions of each dialogue, at most; it takes up to 2 * attempts - 1 calls
+    strict: bool = False  # end at a malformed line, before anything is asked, instead of leaving it out
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,39 +76,46 @@ class CollectConfig(RunConfig):
 def main(config: CollectConfig) -> Mapping[str, int]:
     """Runs the command, or continues it; returns how many chains were verified, wrong, truncated, failed, unverifiable.
 
+    Memory: some problems that are under way, and 8 bytes for each.
+
     Raises:
       UserError: problems, prompt, key, price or URL are not usable, or the API refuses the key or the model.
       RunError: as `conclude`; all files are written.
     """
-    problems = read_problems(config.problems, answers=False)
+    problems = Rows(config.problems, Problem, strict=config.strict, wanted=_answerable, as_kept=_as_asked, unique=True)
     prompt = read_prompt(config.prompt, COLLECT_PROMPTS) if config.prompt else ""
     teacher = ready(config)
-    if config.judges and not config.dry_run:
-        ready(config.judge_run)  # refused before the teacher is asked, not after
+    judge = None
+    if config.judges:
+        judge = _judge(config, ready(config.judge_run))  # refused before the teacher is asked, not after
     system: tuple[Message, ...] = ({"role": "system", "content": prompt},) if prompt else ()
     prompt_name = prompt_id(config.prompt, prompt)
-    answerable = [problem for problem in problems if problem.answer is not None]
-    sampling = _plan(config, answerable, teacher, system, prompt_name)
+    sampling = _plan(config, problems, teacher, system, prompt_name)
     if isinstance(sampling, Dialogues):
         prompt_name, prompt = sampling.prompt_name, sampling.prompt_text
     if config.chains_format == "parquet":
         parquet.check_installed("--chains-format parquet")
     if config.dry_run:
-        print(estimate(teacher, config, sampling))
+        print(estimate(teacher, config, sampling, judge))
         return {}
     path = config.workdir / f"chains.{config.chains_format}"
     decided = None
     with answered("collect", teacher, sampling, config) as (ledger, account, ended):
-        if config.judges and ended is None and (left := referee.undecided(sampling.in_order())):
-            decided = referee.decide(left, config.judge_run)
-            referee.apply(decided, sampling.results)
-        kept = _write(path, _chains(teacher, sampling, ledger))
+        if isinstance(sampling, Sampling) and config.judges and ended is None:
+            undecided = referee.Undecided(sampling)
+            if len(undecided):
+                decided = referee.decide(undecided, config.judge_run)
+                referee.apply(decided, undecided, sampling)
+        with _Files(config.workdir) as files:
+            files.unasked(problems)
+            kept = _write(path, _chains(teacher, sampling, ledger, files))
         facts = [config.teacher.model, prompt_name or "no prompt", dollars(account), teacher.prices.describe()]
-        viewer.write(config.workdir / "chains.html", config.problems.stem, facts, sampling.in_order(), ledger)
-    dropped = [*_unanswerable(problems), *_receipts(sampling)]
-    write_jsonl(config.workdir / "dropped.jsonl", dropped)
-    reasons = collections.Counter(receipt.reason for receipt in dropped)
+        viewer.write(
+            config.workdir / "chains.html", config.problems.stem, facts, sampling.in_order(), files.asked, ledger
+        )
+    reasons = files.tally.reasons
     counts = {"verified": kept, **{r: reasons[r] for r in ("wrong", "truncated", "failed", "unverifiable")}}
+    counts |= {"malformed": problems.malformed} if problems.malformed else {}
     write_manifest(
         config.workdir,
         "collect",
@@ -114,16 +124,11 @@ def main(config: CollectConfig) -> Mapping[str, int]:
         teacher=config.teacher.model,
         method=config.method,
         prompt={"name": prompt_name, "text": prompt},
-        flagged=collections.Counter(flag for _, judged in sampling.in_order() for flag in judged.flags),
-        **costs(account, sampling, teacher),
+        flagged=files.tally.flags,
+        **costs(account, sampling.paid(), teacher),
         **({"judge": decided.facts} if decided else {}),
     )
-    write_jsonl(
-        config.workdir / "pass_rates.jsonl",
-        ({"problem_id": name, "verified": v, "judged": n} for name, (v, n) in pass_rates(sampling.in_order()).items()),
-    )
-    drops = [receipt.detail for receipt in dropped]
-    conclude("collect", path, counts, sampling.in_order(), drops, account, ended)
+    conclude("collect", path, counts, files.tally, account, ended)
     if decided:
         decided.conclude()
     return counts
@@ -139,7 +144,7 @@ def _write(path: Path, chains: Iterator[Chain]) -> int:
 
 
 def _plan(
-    config: CollectConfig, problems: list[Problem], teacher: Teacher, system: tuple[Message, ...], prompt_name: str
+    config: CollectConfig, problems: Problems, teacher: Teacher, system: tuple[Message, ...], prompt_name: str
 ) -> Sampling | Dialogues:
     """The calls that the method makes."""
     if config.method != "direct":
@@ -153,27 +158,78 @@ def _plan(
     return Sampling(problems, asking, config.samples_per_problem, config.until_verified, larger)
 
 
-def _unanswerable(problems: list[Problem]) -> Iterator[Receipt]:
-    """Receipts for the problems without a gold answer: asking would cost money and could prove nothing."""
-    detail = "the problem has no gold answer; not asked"
-    for problem in problems:
-        if problem.answer is None:
-            yield Receipt(id=problem.id, problem_id=problem.id, reason="unverifiable", detail=detail)
+def _answerable(problem: Problem) -> bool:
+    """Whether there is a gold answer: without one, asking would cost money and could prove nothing."""
+    return problem.answer is not None
 
 
-def _receipts(sampling: Plan) -> Iterator[Receipt]:
-    for call, judged in sampling.in_order():
-        if judged.reason is not None:
-            yield call.receipt(judged.reason, judged.detail, judged.usage)
+def _as_asked(problem: Problem) -> Problem:
+    """What is needed of a problem."""
+    return dataclasses.replace(problem, solution=None, meta={})
 
 
-def _chains(teacher: Teacher, sampling: Sampling | Dialogues, ledger: Ledger) -> Iterator[Chain]:
-    for call, judged in sampling.in_order():
-        if judged.reason is None:
-            response = ledger.result(call.key)
-            assert isinstance(response, Response)
-            chain = _chain(teacher, call, judged, response)
-            yield sampling.told(chain) if isinstance(sampling, Dialogues) else chain
+def _judge(config: CollectConfig, judge: Teacher) -> Judge:
+    """What its questions may come to: one about each sample."""
+
+    def at_worst(call: Call) -> list[tuple[int, int]]:
+        samples = config.samples_per_problem if call.request.sample_index == 0 else 0
+        return samples * [referee.at_worst(judge, call.problem)] if samples else []
+
+    return Judge(judge, at_worst)
+
+
+class _Files:
+    """The receipts and the pass rates, written beside the chains in one go through the results."""
+
+    def __init__(self, workdir: Path):
+        self.tally, self.asked = Tally(), 0  # problems with results
+        self._stack = contextlib.ExitStack()
+        self._dropped = self._stack.enter_context(whole_file(workdir / "dropped.jsonl"))
+        self._rates = self._stack.enter_context(whole_file(workdir / "pass_rates.jsonl"))
+
+    def __enter__(self) -> "_Files":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    def unasked(self, problems: Rows[Problem]) -> None:
+        """Receipts for what was not asked about: malformed lines, and problems without a gold answer."""
+        for row in problems.everything() if problems.malformed or problems.unwanted else ():
+            if isinstance(row, Dropped):
+                self._drop(malformed_line(row))
+            elif not problems.wanted(row):
+                detail = "the problem has no gold answer; not asked"
+                self._drop(Receipt(id=row.id, problem_id=row.id, reason="unverifiable", detail=detail))
+
+    def results(self, results: Iterable[tuple[Call, Judged]]) -> Iterator[tuple[Call, Judged]]:
+        """The results that were verified; receipts of the others, and the rates of all problems, are written."""
+        for _, group in itertools.groupby(results, key=lambda result: result[0].number):
+            of_problem = list(group)
+            self.asked += 1
+            verified = judged_ones = 0
+            for call, judged in of_problem:
+                self.tally.add(judged)
+                verified += judged.reason is None
+                judged_ones += not judged.again  # one without an answer yet does not count
+                if judged.reason is None:
+                    yield call, judged
+                else:
+                    self._drop(call.receipt(judged.reason, judged.detail, judged.usage))
+            name = of_problem[0][0].problem.id
+            self._rates.write(to_json({"problem_id": name, "verified": verified, "judged": judged_ones}) + "\n")
+
+    def _drop(self, receipt: Receipt) -> None:
+        self.tally.drop(receipt.reason, receipt.detail)
+        self._dropped.write(to_json(receipt) + "\n")
+
+
+def _chains(teacher: Teacher, sampling: Sampling | Dialogues, ledger: Ledger, files: _Files) -> Iterator[Chain]:
+    for call, judged in files.results(sampling.in_order()):
+        response = ledger.result(call.key)
+        assert isinstance(response, Response)
+        chain = _chain(teacher, call, judged, response)
+        yield sampling.told(call, judged, chain) if isinstance(sampling, Dialogues) else chain
 
 
 def _chain(teacher: Teacher, call: Call, judged: Judged, response: Response) -> Chain:

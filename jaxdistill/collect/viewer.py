@@ -28,16 +28,20 @@ class Shown:
     content: str = ""
 
 
-def write(path: Path, title: str, facts: list[str], results: Iterable[tuple[Call, Judged]], ledger: Ledger) -> None:
-    """Writes the page of the first problems; it appears whole or not at all."""
-    groups = itertools.groupby(results, key=lambda result: result[0].problem)
+def write(
+    path: Path, title: str, facts: list[str], results: Iterable[tuple[Call, Judged]], count: int, ledger: Ledger
+) -> None:
+    """Writes the page of the first of `count` problems; it appears whole or not at all."""
+    groups = itertools.groupby(results, key=lambda result: result[0].number)
     problems = []
-    for problem, group in itertools.islice(groups, _MOST_PROBLEMS):
+    for _, group in itertools.islice(groups, _MOST_PROBLEMS):
+        group = list(group)
+        problem = group[0][0].problem
         answers = [_show(call, judged, ledger) for call, judged in group]
         verified = sum(answer.verified for answer in answers)
         row = {"id": problem.id, "text": problem.problem, "gold": problem.answer}
         problems.append({**row, "answers": answers, "verified": verified})
-    left = sum(1 for _ in groups)
+    left = count - len(problems)
     shown = f"{len(problems)} problems" + (f"; {left} more are in the files beside this page" if left else "")
     template = Path(__file__).with_name("viewer.html.jinja")
     html.write(path, template, title=title, facts=facts, problems=problems, shown=shown)

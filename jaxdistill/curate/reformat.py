@@ -1,15 +1,16 @@
 """Phase-1 data of the paper: each problem's own solution, rewritten by a model step by step, in more detail, boxed."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from jaxdistill.collect.calls import Reason, Receipt
+from jaxdistill.collect.calls import Reason, Receipt, malformed_line
 from jaxdistill.collect.config import RunConfig
 from jaxdistill.curate.examples import example
 from jaxdistill.curate.gates import reformat_gate
-from jaxdistill.curate.rewriting import Rewriting
-from jaxdistill.records import Example, Problem, read_problems
+from jaxdistill.curate.rewriting import Rewriting, Rewritten
+from jaxdistill.reading import Dropped, Rows
+from jaxdistill.records import Example, Problem
 from jaxdistill.verify import Verifier
 
 
@@ -19,6 +20,7 @@ class ReformatConfig(RunConfig):
 
     problems: Path  # JSON Lines of Problem, each with a solution and an answer
     prompt: str = "reformat.v1"  # user message with {problem} and {solution}, a file of curate/prompts without its .txt
+    strict: bool = False  # end at a malformed line, before anything is asked, instead of leaving it out
 
 
 def main(config: ReformatConfig) -> Mapping[str, int]:
@@ -28,17 +30,23 @@ def main(config: ReformatConfig) -> Mapping[str, int]:
 
     Raises: as `Rewriting.run`.
     """
-    problems = read_problems(config.problems, answers=False)
+    problems = Rows(config.problems, Problem, strict=config.strict, wanted=_usable, unique=True)
     rewriting = Rewriting(
         command="reformat", source=config.problems, prompt=config.prompt, fields=_fields, gate=_gate, tries=1
     )
-    unasked = [receipt for problem in problems if (receipt := _unusable(problem))]
 
-    def finish(passed: dict[str, str], refused: dict[str, Receipt]) -> tuple[list[Example], list[Receipt]]:
-        kept = [example(p, passed[p.id], suffix="reformatted") for p in problems if p.id in passed]
-        return kept, [*unasked, *refused.values()]
+    def finish(rewritten: Iterator[Rewritten]) -> Iterator[Example | Receipt]:
+        for row in problems.everything():
+            if isinstance(row, Dropped):
+                yield malformed_line(row)
+            elif not _usable(row):
+                yield _unasked(row)
+            elif (one := next(rewritten)).answer is not None:
+                yield example(row, one.answer, suffix="reformatted")
+            elif one.receipt:
+                yield one.receipt
 
-    return rewriting.run(config, [problem for problem in problems if not _unusable(problem)], finish)
+    return rewriting.run(config, problems, finish)
 
 
 def _fields(problem: Problem) -> Mapping[str, str]:
@@ -49,9 +57,11 @@ def _gate(problem: Problem, solution: str, verifier: Verifier) -> tuple[Reason, 
     return reformat_gate(problem, problem.problem, solution, verifier)
 
 
-def _unusable(problem: Problem) -> Receipt | None:
+def _usable(problem: Problem) -> bool:
+    return problem.answer is not None and bool(problem.solution)
+
+
+def _unasked(problem: Problem) -> Receipt:
     """Why a problem is not asked about."""
-    if problem.answer is not None and problem.solution:
-        return None
     detail = f"the problem has no {'gold answer' if problem.answer is None else 'solution'}; not asked"
     return Receipt(id=problem.id, problem_id=problem.id, reason="unverifiable", detail=detail)

@@ -1,16 +1,17 @@
 """Chinese versions of conversations, each message translated by a model; kept if its gate lets all of them pass."""
 
 import dataclasses
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from jaxdistill import thinking
-from jaxdistill.collect.calls import Reason, Receipt
+from jaxdistill.collect.calls import Reason, Receipt, malformed_line
 from jaxdistill.collect.config import RunConfig
 from jaxdistill.curate.gates import translation_gate
-from jaxdistill.curate.rewriting import Rewriting
-from jaxdistill.errors import UserError
-from jaxdistill.records import Example, Message, Problem, read_jsonl
+from jaxdistill.curate.rewriting import Rewriting, Rewritten
+from jaxdistill.reading import Dropped, Rows, not_spoken
+from jaxdistill.records import Example, Message, Problem
 from jaxdistill.verify import Verifier
 
 _TARGET = "zh"
@@ -22,29 +23,48 @@ class TranslateConfig(RunConfig):
 
     examples: Path  # JSON Lines of Example
     prompt: str = "translate_zh.v1"  # user message with {text}, a file of curate/prompts without its .txt
+    strict: bool = False  # end at a malformed line, before anything is asked, instead of leaving it out
 
 
 def main(config: TranslateConfig) -> Mapping[str, int]:
     """Runs the command, or continues it; returns the numbers of examples translated, and dropped by reason.
 
     Raises:
-      UserError: the examples are missing, malformed or none; and as `Rewriting.run`.
+      UserError: the examples are missing or none, a line is malformed and `strict`; and as `Rewriting.run`.
       RunError: as `Rewriting.run`.
     """
-    examples = list(read_jsonl(config.examples, Example))
-    if not examples:
-        raise UserError(f"{config.examples}: holds no example; expected at least one line")
+    examples = Rows(config.examples, Example, strict=config.strict, wrong=not_spoken)
     rewriting = Rewriting(
         command="translate", source=config.examples, prompt=config.prompt, fields=_fields, gate=_gate, tries=2
     )
 
-    def finish(passed: dict[str, str], refused: dict[str, Receipt]) -> tuple[list[Example], list[Receipt]]:
-        kept = [translated for one in examples if (translated := _translated(one, passed))]
-        firsts = (next((refused[name] for name, _ in _texts(one) if name in refused), None) for one in examples)
-        return kept, [receipt for receipt in firsts if receipt]
+    def finish(rewritten: Iterator[Rewritten]) -> Iterator[Example | Receipt]:
+        for row in examples.everything():
+            if isinstance(row, Dropped):
+                yield malformed_line(row)
+                continue
+            texts = list(itertools.islice(rewritten, len(_texts(row))))
+            passed = {one.text.id: one.answer for one in texts if one.answer is not None}
+            if translated := _translated(row, passed):
+                yield translated
+            elif receipt := next((one.receipt for one in texts if one.receipt), None):
+                yield receipt
 
-    texts = [Problem(id=name, problem=text) for one in examples for name, text in _texts(one)]
-    return rewriting.run(config, texts, finish)
+    return rewriting.run(config, _AllTexts(examples), finish)
+
+
+class _AllTexts:
+    """The texts of all examples."""
+
+    def __init__(self, examples: Rows[Example]):
+        self._examples = examples
+        self._count = sum(1 for _ in self)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Problem]:
+        return (Problem(id=name, problem=text) for one in self._examples for name, text in _texts(one))
 
 
 def _fields(text: Problem) -> Mapping[str, str]:

@@ -10,7 +10,7 @@ from jaxdistill.collect.calls import Call, Judged, read_whole
 from jaxdistill.collect.campaign import answered
 from jaxdistill.collect.config import LEDGER, RunConfig, ready
 from jaxdistill.collect.ledger import Ledger
-from jaxdistill.collect.output import conclude
+from jaxdistill.collect.output import Tally, conclude
 from jaxdistill.collect.prices import NANO
 from jaxdistill.collect.reply import Reply, read_reply
 from jaxdistill.collect.request import Failure, Request, Response
@@ -44,11 +44,12 @@ def ask(plan: Plan, left: Wanted) -> Iterator[Completion]:
 
     sampling = Sampling(plan.problems, asking, plan.config.samples, judging=_judge)
     completions: list[Completion] = []
-    uncounted, receipts = 0, []
+    uncounted, receipts, tally = 0, [], Tally()
     with answered(f"evaluate {plan.name}", teacher, sampling, config) as (ledger, account, ended):
-        results = list(sampling.in_order())
-        for call, judged in results:
+        for call, judged in sampling.in_order():
+            tally.add(judged)
             if judged.reason is not None:
+                tally.drop(judged.reason, judged.detail)
                 receipts.append(call.receipt(judged.reason, judged.detail, judged.usage))
                 continue
             response = ledger.result(call.key)
@@ -61,9 +62,8 @@ def ask(plan: Plan, left: Wanted) -> Iterator[Completion]:
     yield from completions
     if uncounted:
         say(f"{plan.name}: {uncounted} answers came without a count of their tokens, and count as 0")
-    counts = {"answered": len(results) - len(receipts), "failed": len(receipts)}
-    kept, drops = plan.folder / "completions.jsonl", [receipt.detail for receipt in receipts]
-    conclude(f"evaluate {plan.name}", kept, counts, results, drops, account, ended)
+    counts = {"answered": tally.asked - len(receipts), "failed": len(receipts)}
+    conclude(f"evaluate {plan.name}", plan.folder / "completions.jsonl", counts, tally, account, ended)
 
 
 def run_config(plan: Plan) -> RunConfig:

@@ -8,7 +8,7 @@ from jaxdistill import records
 from jaxdistill.collect.calls import Call, Judged, read_whole
 from jaxdistill.collect.campaign import answered
 from jaxdistill.collect.config import RunConfig, ready
-from jaxdistill.collect.output import conclude
+from jaxdistill.collect.output import Tally, conclude
 from jaxdistill.collect.reply import read_reply
 from jaxdistill.collect.request import Failure, Request, Response
 from jaxdistill.collect.teacher import Teacher
@@ -35,14 +35,19 @@ class Judgements:
     def __init__(self, subjects: Iterable[Subject], judge: Judge, teacher: Teacher):
         self._subjects = {subject.id: subject for subject in subjects}
         self._judge, self._teacher = judge, teacher
-        self.results: dict[str, tuple[Call, Judged]] = {}  # by id of the subject; the last call
-        self.nano: dict[str, int] = {}
+        self._results: dict[str, tuple[Call, Judged]] = {}  # by id of the subject; the last call
         self._unread: dict[str, str] = {}  # by id of the subject; what could not be read
 
     @property
-    def most(self) -> int:
-        """Calls at most."""
-        return 2 * len(self._subjects)
+    def starts(self) -> int:
+        """How many texts there are."""
+        return len(self._subjects)
+
+    def at_worst(self, call: Call) -> Iterator[tuple[int, int]]:
+        """Tokens of the request, and of that to mend it, which quotes its answer."""
+        prompt, most = call.request.most_prompt_tokens, call.request.max_tokens
+        yield prompt, most
+        yield prompt + len(self._judge.repair().encode()) + 4 * _MOST_QUOTED, most
 
     def start(self) -> list[Call]:
         """The first calls."""
@@ -70,23 +75,22 @@ class Judgements:
         detail = whole.detail or f"no verdict in the answer: {content[-200:]!r}"
         return dataclasses.replace(whole, reason="unreadable", detail=detail)
 
-    def judged(self, call: Call, judged: Judged) -> list[Call]:
-        """Takes what became of a call; returns the request to mend it, once."""
-        self.nano[call.key] = judged.nano
-        self.results[call.problem.id] = (call, judged)
+    def judged(self, call: Call, judged: Judged) -> tuple[bool, list[Call]]:
+        """Takes what became of a call; returns whether that is its result, and the request to mend it, once."""
+        self._results[call.problem.id] = (call, judged)
         if judged.reason != "unreadable" or call.request.sample_index:
-            return []
+            return True, []
         quoted = self._unread[call.problem.id][-_MOST_QUOTED:].strip() or "(nothing)"
         messages = (
             *call.request.messages,
             {"role": "assistant", "content": quoted},
             {"role": "user", "content": self._judge.repair()},
         )
-        return [self._call(self._subjects[call.problem.id], messages, 1)]
+        return False, [self._call(self._subjects[call.problem.id], messages, 1)]
 
     def in_order(self) -> Iterator[tuple[Call, Judged]]:
         """All results in the order of the texts."""
-        return (self.results[id_] for id_ in self._subjects if id_ in self.results)
+        return (self._results[id_] for id_ in self._subjects if id_ in self._results)
 
 
 def judge_all(
@@ -114,12 +118,13 @@ def judge_all(
         id_: dataclasses.replace(known[key], completion_id=id_) for id_, key in firsts.items() if known and key in known
     }
     plan = Judgements([subject for subject in subjects if subject.id not in scores], judge, teacher)
-    receipts = []
+    receipts, tally = [], Tally()
     with answered(f"{judge.name}: {folder.name}", teacher, plan, config) as (ledger, account, ended):
-        results = list(plan.in_order())
-        for call, judged in results:
+        for call, judged in plan.in_order():
+            tally.add(judged)
             id_ = call.problem.id
             if judged.reason is not None:
+                tally.drop(judged.reason, judged.detail)
                 receipts.append(call.receipt(judged.reason, judged.detail, judged.usage))
                 continue
             response = ledger.result(call.key)
@@ -142,5 +147,4 @@ def judge_all(
     yield from found
     counts = {"judged": len(scores), "not judged": len(receipts)}
     if subjects:
-        drops = [receipt.detail for receipt in receipts]
-        conclude(f"judge {folder.name}", folder / "judgements.jsonl", counts, results, drops, account, ended)
+        conclude(f"judge {folder.name}", folder / "judgements.jsonl", counts, tally, account, ended)

@@ -37,17 +37,20 @@ def answer(plan: Dialogues, call: Call, verifier: Verifier, content: str, reason
     raw = json.dumps({"model": "m", "choices": [choice], "usage": usage}).encode()
     outcome = Response(raw=raw, request_id="r", sent=0.0, received=1.0, nano=7)
     judged = dataclasses.replace(plan.judge(call, outcome, verifier), nano=7)
-    return plan.judged(call, judged)
+    return plan.judged(call, judged)[1]
 
 
 def last_message(request: Request) -> str:
     return request.messages[-1]["content"]
 
 
-def told(plan: Dialogues, call: Call, content: str) -> Chain:
+def told(plan: Dialogues, content: str) -> Chain:
+    ((call, judged),) = plan.in_order()
     message: Message = {"role": "assistant", "content": content}
     messages = (*call.request.messages, message)
-    return plan.told(rows.chain(id=call.id, problem_id=call.problem.id, messages=messages, reasoning_kind="full"))
+    return plan.told(
+        call, judged, rows.chain(id=call.id, problem_id=call.problem.id, messages=messages, reasoning_kind="full")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +78,7 @@ def test_a_journey_goes_back_to_the_last_right_step(verifier: Verifier):
         Usage(prompt_tokens=30, output_tokens=15),
         21,
     )
-    chain = told(plan, call, "\\boxed{13}")
+    chain = told(plan, "\\boxed{13}")
     assert chain.messages == (
         *first.request.messages,
         {
@@ -91,7 +94,7 @@ def test_a_journey_that_is_right_at_once_is_a_plain_chain(verifier: Verifier):
     plan = dialogues("journey")
     (first,) = plan.start()
     assert answer(plan, first, verifier, "\\boxed{13}", "3 * 4 = 12.\n\n12 + 1 = 13.") == []
-    assert told(plan, first, "\\boxed{13}").reasoning_kind == "full"
+    assert told(plan, "\\boxed{13}").reasoning_kind == "full"
 
 
 def test_a_review_that_names_no_step_ends_a_journey(verifier: Verifier):
@@ -113,7 +116,7 @@ def test_a_journey_ends_with_its_attempts(verifier: Verifier):
             (call,) = calls
     assert calls == []
     assert [(one.request.sample_index, judged.reason) for one, judged in plan.in_order()] == [(2, "wrong")]
-    assert plan.most == 3
+    assert len(list(plan.at_worst(call))) == 3
 
 
 def test_a_critic_does_not_know_the_answer_and_ends_a_debate(verifier: Verifier):
@@ -127,7 +130,7 @@ def test_a_critic_does_not_know_the_answer_and_ends_a_debate(verifier: Verifier)
     assert answer(plan, again, verifier, "Right, 4 + 4 + 4 = 12.\nStep: none") == []
     ((call, judged),) = plan.in_order()
     assert (call, judged.reason, judged.usage.output_tokens) == (second, None, 20)
-    thought = told(plan, call, "\\boxed{13}").messages[-1]["reasoning_content"]
+    thought = told(plan, "\\boxed{13}").messages[-1]["reasoning_content"]
     first_words = "3 * 4 = 12.\n12 + 1 = 13.\n\nIs 3 * 4 not 14?\n\nNo, 3 * 4 = 12.\n12 + 1 = 13.\n\n"
     assert thought == first_words + "Right, 4 + 4 + 4 = 12."
 

@@ -78,7 +78,7 @@ def test_the_ledger_keeps_raw_bytes_and_asks_only_for_what_is_open(tmp_path: Pat
         assert keys(ledger) == []  # nothing is sent that this run did not ask for
         ledger.record(plan[:4])
         assert keys(ledger) == names[2:4]
-        assert ledger.settled() == set(names[:2])
+        assert ledger.settled(names) == set(names[:2])
         assert ledger.result(names[0]) == dataclasses.replace(answer(), nano=3)
         assert ledger.result(names[1]) == Failure(detail="HTTP 400: no", permanent=True, attempts=1)
         assert ledger.result(names[4]) == Failure(
@@ -215,7 +215,7 @@ def test_one_command_at_a_time_holds_a_ledger_and_its_workers_join(tmp_path: Pat
     with Ledger(path), Ledger(path, joins=True), pytest.raises(UserError, match="in use by another process"):
         Ledger(path)
     with Ledger(path) as ledger:
-        assert ledger.settled() == set()
+        assert ledger.settled(["a"]) == set()
 
 
 def test_a_file_that_is_no_ledger_is_refused(tmp_path: Path):

@@ -241,15 +241,15 @@ def test_bad_problem_files_are_named_before_anything_is_sent(tmp_path: Path):
         main(config)
     good = '{"id": "a", "problem": "1 + 1?", "answer": "2"}\n'
     for text, words in (
-        ("", "found no rows, expected one problem a line"),
-        (good + "{broken\n", "problems.jsonl:2: not valid JSON"),
-        (good + '{"id": "b"}\n', r"problems.jsonl:2: .*missing fields \['problem'\]"),
-        (good + '{"id": 3, "problem": "?"}\n', "problems.jsonl:2: id: found 3"),
+        ("", "found no row that can be read, expected one a line"),
+        (good + "{broken\n", "problems.jsonl:2: malformed: not valid JSON"),
+        (good + '{"id": "b"}\n', r"problems.jsonl:2: malformed: .*missing fields \['problem'\]"),
+        (good + '{"id": 3, "problem": "?"}\n', "problems.jsonl:2: malformed: id: found 3"),
         (good + good, "line 2 repeats the id 'a' of line 1; expected an id of its own a row"),
     ):
         config.problems.write_text(text)
         with pytest.raises(UserError, match=words):
-            main(config)
+            main(dataclasses.replace(config, strict=True))
     assert not config.workdir.exists()
     config.problems.write_text(good)
     with pytest.raises(UserError, match="prompt 'nope'"):

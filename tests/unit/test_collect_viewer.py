@@ -54,7 +54,7 @@ def test_the_page_shows_problems_with_all_their_answers(tmp_path: Path):
         ledger.settle(calls[1].key, None, None)
         ledger.fail(calls[2].key, Failure(detail=f"HTTP 400: {HOSTILE}", permanent=True))
         results = [(call, judge(call, ledger.result(call.key), verifier)) for call in calls]
-        viewer.write(tmp_path / "chains.html", HOSTILE, ["o3", "$0.01 spent"], results, ledger)
+        viewer.write(tmp_path / "chains.html", HOSTILE, ["o3", "$0.01 spent"], results, 1, ledger)
     page = (tmp_path / "chains.html").read_text(encoding="utf-8")
     tags = Tags()
     tags.feed(page)

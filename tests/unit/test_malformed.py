@@ -1,5 +1,6 @@
 """A malformed line is told with file and number, counted and left out by every stage; --strict ends the command."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ import pytest
 import rows
 
 from jaxdistill import cli
+from jaxdistill.local_teacher.problems import generate
+from jaxdistill.local_teacher.server import running_teacher
 from jaxdistill.records import Example, to_json
 
 WORDS = "and so we add the numbers up, and wait for the sum. " * 20
@@ -83,3 +86,37 @@ def test_a_stage_that_keeps_nothing_fails_and_says_why(stage: str, tmp_path: Pat
     assert run(stage, path, *options) == 1
     assert f"nothing was kept, most often because of: {why}" in capsys.readouterr().err
     assert (tmp_path / "run" / STAGES[stage][1]).read_text() == ""
+
+
+ASKING = {
+    "collect": ("problems", "chains.jsonl"),
+    "refine reformat": ("problems", "examples.jsonl"),
+    "refine translate": ("examples", "examples.jsonl"),
+}
+
+
+@pytest.mark.parametrize("stage", ASKING)
+def test_a_malformed_line_ends_no_stage_that_asks(stage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """It has a receipt and the run goes on; --strict refuses before anything is asked or written."""
+    option, kept = ASKING[stage]
+    path, workdir = tmp_path / "rows.jsonl", tmp_path / "run"
+    lines = [
+        to_json(one) for one in (EXAMPLES if option == "examples" else generate("turns", 4, seed=0, split="train"))
+    ]
+    path.write_text("\n".join([lines[0], *BAD[:3], *lines[1:]]) + "\n")
+    with running_teacher() as base_url:
+        words = [*stage.split(), f"--{option}", str(path), "--workdir", str(workdir), "--teacher.base-url", base_url]
+        with pytest.raises(SystemExit) as refused:
+            cli.main([*words, "--strict"])
+        assert refused.value.code == 2
+        assert f"{path}:2: malformed: not valid JSON" in capsys.readouterr().err
+        assert not workdir.exists()
+        speaks = contextlib.nullcontext() if stage != "refine translate" else pytest.raises(SystemExit)  # no Chinese
+        with speaks:
+            cli.main(words)
+    assert f"malformed: {path}:2: not valid JSON" in capsys.readouterr().err
+    counts = json.loads((workdir / "manifest.json").read_text())["counts"]
+    assert (counts["malformed"], sum(counts.values())) == (3, 7)
+    receipts = [json.loads(line) for line in (workdir / "dropped.jsonl").read_text().splitlines()]
+    assert [r["id"] for r in receipts if r["reason"] == "malformed"] == [f"{path}:{number}" for number in (2, 3, 4)]
+    assert len(receipts) + len((workdir / kept).read_text().splitlines()) == 7
