@@ -1,16 +1,20 @@
-"""Memory of the stages that stream: `python benchmarks/streaming.py [--gigabytes 5] [--kilobytes 10] [--write]`.
+"""Memory of the stages that stream: `python benchmarks/streaming.py [--gigabytes 0.3] [--kilobytes 10] [--write]`.
 
-Writes a file of so many gigabytes in rows of about so many kilobytes: problems of shared/data/seed_pool said again and
-again with other numbers and ids, a tenth as they were (so that there are duplicates to find), each answered by its
-solution, said again until the row is long enough. `curate`, `refine import` and `refine select` read it, each in a
-process of its own: its peak resident memory, by the kernel's count, is what this is about; of `import` without
-verification, whose workers are processes apart. `--write` writes benchmarks/results/streaming.md.
+Writes files of a quarter of so many gigabytes and of all of them, in rows of about so many kilobytes: problems of
+shared/data/seed_pool said again and again with other numbers and ids, a tenth as they were (so that there are
+duplicates to find), each answered by its solution, said again until the row is long enough. Every stage reads them, in
+a process of its own: its peak resident memory, by the kernel's count, is what this is about, and by how much it grows
+for each byte more that it reads. Processes that a stage starts are apart: `import` runs without verification, and the
+stages that ask a model ask the local teacher, which knows none of these problems: what it says is dropped, at the cost
+of reading it, at some 300 requests a second. `--stages` leaves stages out; `--write` writes
+benchmarks/results/streaming.md.
 """
 
 import argparse
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
 import time
@@ -19,6 +23,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from jaxdistill.local_teacher.server import running_teacher
 from jaxdistill.manifest import commit
 from jaxdistill.records import read_json_objects
 
@@ -57,43 +62,83 @@ def _line(row: dict[str, Any], row_bytes: int) -> bytes:
     return json.dumps(values).encode() + b"\n"
 
 
+def _problem(line: bytes) -> bytes:
+    """A row of `rows` as a problem whose statement and solution are half of it each."""
+    row = json.loads(line)
+    half = len(row["response"]) // 2
+    statement, solution = row["prompt"] + "\n" + row["response"][:half], row["response"][half:]
+    values = {"id": row["id"], "problem": statement, "answer": row["answer"] or "1", "solution": solution}
+    return json.dumps(values).encode() + b"\n"
+
+
 def peak(words: list[str]) -> tuple[float, float]:
-    """Peak resident memory in GB of one command, its workers apart, and its seconds."""
+    """Peak resident memory in bytes of one command, its workers apart, and its seconds."""
     started = time.perf_counter()
     process = os.posix_spawn(sys.executable, [sys.executable, "-m", "jaxdistill", *words], os.environ)
     _, status, used = os.wait4(process, 0)
-    if status:
+    if os.waitstatus_to_exitcode(status) not in (0, 1):  # 1: nothing was kept
         raise SystemExit(f"{words[:2]} ended with status {status}")
-    return used.ru_maxrss * 1024 / 1e9, time.perf_counter() - started
+    return used.ru_maxrss * 1024, time.perf_counter() - started
+
+
+ASKING = ("collect", "refine reformat", "refine translate")
+STAGES = ("curate", "refine import", "refine select", "refine mix", *ASKING)
+
+
+def measure(folder: Path, size: float, row_bytes: int, stages: list[str], base_url: str) -> Iterator[tuple[str, float]]:
+    """Stage and peak memory in bytes of each."""
+    pool, problems, imported = folder / "pool.jsonl", folder / "problems.jsonl", folder / "imported"
+    with pool.open("wb") as file, problems.open("wb") as other:
+        lines = rows(size, row_bytes)
+        count = sum(1 for number, line in enumerate(lines) if file.write(line) and other.write(_renamed(line, number)))
+    examples = imported / "examples.jsonl"
+    asking = [f"--teacher.base-url={base_url}", "--teacher.in-flight=64"]
+    words = {
+        "curate": [f"--inputs={pool}", f"--evaluation-sets={EVALUATION_SET}"],
+        "refine import": [f"--inputs={pool}", "--no-verify"],
+        "refine select": [f"--examples={examples}", f"--count={count // 10}"],
+        "refine mix": [f"--examples={examples}"],
+        "collect": [f"--problems={problems}", *asking],
+        "refine reformat": [f"--problems={problems}", *asking],
+        "refine translate": [f"--examples={examples}", *asking],
+    }
+    for stage in STAGES:
+        if stage not in stages and stage != "refine import":  # which makes the examples
+            continue
+        workdir = imported if stage == "refine import" else folder / stage.replace(" ", "_")
+        found, seconds = peak([*stage.split(), *words[stage], f"--workdir={workdir}"])
+        print(f"{stage}: {found / 1e6:.0f} MB for {size / 1e6:.0f} MB, {seconds:.0f} s", flush=True)
+        if workdir != imported:
+            shutil.rmtree(workdir)
+        yield stage, found
+
+
+def _renamed(line: bytes, number: int) -> bytes:
+    return _problem(line.replace(b'{"id": "', f'{{"id": "{number}-'.encode(), 1))
 
 
 def main() -> None:
     """Prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, default=5.0)
+    parser.add_argument("--gigabytes", type=float, default=0.3)
     parser.add_argument("--kilobytes", type=float, default=10.0)
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="jaxdistill-streaming-") as name:
-        folder = Path(name)
-        pool = folder / "pool.jsonl"
-        with pool.open("wb") as file:
-            lines = rows(arguments.gigabytes * 1e9, round(arguments.kilobytes * 1e3))
-            count = sum(1 for line in lines if file.write(line))
-        imported, selected = folder / "imported", folder / "selected"
-        stages = {
-            "curate": [f"--inputs={pool}", f"--workdir={folder / 'curated'}", f"--evaluation-sets={EVALUATION_SET}"],
-            "refine import": [f"--inputs={pool}", f"--workdir={imported}", "--no-verify"],
-            "refine select": [
-                *(f"--examples={imported / 'examples.jsonl'}", f"--workdir={selected}", f"--count={count // 10}"),
-            ],
-        }
-        text = f"A file of {pool.stat().st_size / 1e9:.2f} GB, {count:,} problems with answers.\n"
-        text += "\n| stage | peak memory | minutes |\n|---|---|---|"
-        for stage, words in stages.items():
-            gigabytes, seconds = peak([*stage.split(), *words])
-            text += f"\n| {stage} | {gigabytes:.2f} GB | {seconds / 60:.1f} |"
-            print(stage, f"{gigabytes:.2f} GB", f"{seconds:.0f} s", flush=True)
+    sizes = (arguments.gigabytes * 1e9 / 4, arguments.gigabytes * 1e9)
+    peaks: list[dict[str, float]] = []
+    with running_teacher() as base_url:
+        for size in sizes:
+            with tempfile.TemporaryDirectory(prefix="jaxdistill-streaming-") as name:
+                row_bytes = round(arguments.kilobytes * 1e3)
+                peaks.append(dict(measure(Path(name), size, row_bytes, arguments.stages, base_url)))
+    small, large = (f"{size / 1e6:,.0f} MB" for size in sizes)
+    text = f"Rows of {arguments.kilobytes:g} kB.\n"
+    text += f"\n| stage | peak memory for {small} | for {large} | bytes more for each byte more |\n|---|---|---|---|"
+    for stage, least in peaks[0].items():
+        most = peaks[1][stage]
+        slope = (most - least) / (sizes[1] - sizes[0])
+        text += f"\n| {stage} | {least / 1e6:,.0f} MB | {most / 1e6:,.0f} MB | {slope:.3f} |"
     print(text)
     if arguments.write:
         head = (

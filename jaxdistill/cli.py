@@ -240,17 +240,22 @@ def _tell(message: str) -> None:
 
 def _explain(error: OSError, workdir: Path | None) -> tuple[str, int]:
     """Message and exit code for what users can mend in their file system; an empty message for all else."""
+    place = error.filename or workdir or "the run folder"  # a failed write does not name its file
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        place = error.filename or workdir or "the run folder"  # a failed write does not name its file
         return (
             f"the disk is full: free space at {place} and run the same command again; what was written is kept",
             FAILED,
         )
+    if error.errno == errno.EROFS:
+        return f"{place}: read-only file system; choose another workdir", MISTAKE
     remedies = {
-        FileExistsError: "there is a file where a folder is needed; move it away or choose another workdir",
-        NotADirectoryError: "a part of this path is a file, not a folder; move it away or choose another workdir",
-        IsADirectoryError: "there is a folder where a file is needed; move it away or choose another path",
-        PermissionError: "permission denied; give this user access to it or choose another path",
+        errno.EEXIST: "there is a file where a folder is needed; move it away or choose another workdir",
+        errno.ENOTDIR: "a part of this path is a file, not a folder; move it away or choose another workdir",
+        errno.EISDIR: "there is a folder where a file is needed; move it away or choose another path",
+        errno.EACCES: "permission denied; give this user access to it or choose another path",
+        errno.EPERM: "permission denied; give this user access to it or choose another path",
+        errno.ENAMETOOLONG: "the name is too long for this file system; choose a shorter one",
+        errno.ELOOP: "links that lead to each other; mend them or choose another path",
     }
-    remedy = remedies.get(type(error))
+    remedy = remedies.get(error.errno or 0)
     return (f"{error.filename}: {remedy}", MISTAKE) if remedy and error.filename else ("", FAILED)

@@ -64,10 +64,13 @@ def held(workdir: Path) -> Iterator[None]:
     """Holds a run folder for this process: two writers would mix their files.
 
     Raises:
-      UserError: another process holds it.
+      UserError: another process holds it, or there can be no such folder.
     """
     made = not workdir.exists()
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:  # in /proc, say; all else is explained by the command line
+        raise UserError(f"{error.filename}: no folder can be made here; choose another workdir") from None
     handle = os.open(workdir, os.O_RDONLY)  # the folder itself is locked: no file to leave behind
     try:
         try:

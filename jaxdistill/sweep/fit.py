@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from jaxdistill import manifest, records
+from jaxdistill import manifest, records, sources
 from jaxdistill.errors import UserError
 from jaxdistill.progress import say
 from jaxdistill.sweep import figure, law
@@ -133,11 +133,10 @@ def read_table(path: Path) -> list[dict[str, Any]]:
     """
     if path.suffix != ".csv":
         rows = [row for _, row in records.read_json_objects(path)]
-    elif path.is_file():
+    else:
+        sources.check(path, "a table, as `jaxdistill sweep` writes it")
         with path.open(encoding="utf-8", newline="") as file:
             rows = [{name: _value(text) for name, text in row.items()} for row in csv.DictReader(file)]
-    else:
-        raise UserError(f"{path}: no such file; expected a table, as `jaxdistill sweep` writes it")
     if not rows:
         raise UserError(f"{path}: holds no run; expected one a line")
     return rows

@@ -70,9 +70,10 @@ class Run:
         if chip and chip.platform == "tpu" and (warning := sharding.reduced_whole(self.c.sizes(), sizes, chip.name)):
             self.console.print(f"[yellow]{warning}[/yellow]")
         self.peak, self.peak_source = metrics.peak_flops(jnp.dtype(config.step.compute_dtype))
-        lost = [sources.name(phase.examples) for phase in config.phases if sources.wrong(phase.examples)]
+        paths = [phase.examples for phase in config.phases]
+        lost = [f"{sources.name(path)}: {found}" for path in paths if (found := sources.wrong(path))]
         if lost:
-            raise UserError(f"no such file: {', '.join(lost)}; expected JSON Lines files of examples")
+            raise UserError(f"{', '.join(lost)}; expected JSON Lines files of examples")
         heldout = self._prepare(config.heldout) if config.heldout else None
         live = config.evaluate
         self.live = Live(live, self.base, self.c, config.step.compute_dtype) if live.every else None

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 import yaml
 
+from jaxdistill import sources
 from jaxdistill.errors import UserError
 from jaxdistill.records import from_dict
 
@@ -218,8 +219,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _read(path: Path) -> Any:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; expected a YAML file of a work, as in jaxdistill/transparency/works")
+    sources.check(path, "a YAML file of a work, as in jaxdistill/transparency/works")
     try:
         return yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:

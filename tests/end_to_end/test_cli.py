@@ -131,16 +131,22 @@ def test_folders_and_files_in_the_way(tmp_path: Path, capsys: pytest.CaptureFixt
     partial.mkdir(parents=True)
     words[-1] = str(partial.parent)
     assert f"{partial}: there is a folder where a file is needed" in fails(capsys, *words)
+    words[-1] = "/proc/none/run"
+    assert "/proc/none: no folder can be made here; choose another workdir" in fails(capsys, *words)
+    words[-1] = str(tmp_path / ("long" * 100))
+    assert "the name is too long for this file system" in fails(capsys, *words)
 
 
 @pytest.mark.parametrize(
     ("error", "code", "expected"),
     [
         (PermissionError(errno.EACCES, "no", "/there"), 2, "error: /there: permission denied"),
+        (OSError(errno.EROFS, "no", "/there"), 2, "error: /there: read-only file system; choose another workdir"),
+        (OSError(errno.EROFS, "no"), 2, "error: {workdir}: read-only file system; choose another workdir"),
         (OSError(errno.ENOSPC, "full"), 1, "error: the disk is full: free space at {workdir} and run the same command"),
         (OSError(errno.ENOSPC, "full", "/there"), 1, "error: the disk is full: free space at /there and run"),
     ],
-    ids=["permission", "full", "full-with-path"],
+    ids=["permission", "read-only", "read-only-without-path", "full", "full-with-path"],
 )
 def test_errors_of_the_disk(
     error: OSError,

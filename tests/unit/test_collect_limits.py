@@ -153,6 +153,33 @@ def test_a_dry_run_sends_and_writes_nothing(tmp_path: Path, capsys: pytest.Captu
     assert rows["assumed"].strip().startswith("10 answers in this folder")
 
 
+def test_the_worst_case_of_a_dry_run_holds_all_that_may_be_sent(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Larger tries, further samples, the judge; and a run that goes as badly as it can costs no more."""
+
+    def worst(config: CollectConfig) -> dict[str, float]:
+        main(dataclasses.replace(config, dry_run=True))
+        rows = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+        return {name: float(row.split()[0].strip("$,")) for name, row in rows.items() if "worst case" in name}
+
+    prices = {"input_price_usd": 1000.0, "output_price_usd": 4000.0}
+    with running_teacher() as base_url:
+        config = config_for(tmp_path, base_url, 10, max_tokens=20, larger_max_tokens=40, **prices)
+        bare = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, larger_max_tokens=None))
+        plain = worst(bare)["worst case"]
+        larger = 2 * plain + 10 * 4 * 20 / 1000  # the prompt once more, and the larger answer
+        assert worst(config) == {"worst case": pytest.approx(larger)}
+        more = dataclasses.replace(config, samples_per_problem=3, until_verified=1)
+        assert worst(more) == {"worst case": pytest.approx(3 * larger)}
+        judged = worst(dataclasses.replace(more, judge=bare.teacher))
+        assert judged["worst case of both"] == pytest.approx(3 * larger + judged["the judge's worst case"])
+        assert judged["the judge's worst case"] > 30 * 4 * 4096 / 1000  # an answer of 4,096 characters in each
+        with pytest.raises(RunError, match=r"nothing was kept .*30 truncated"):
+            main(more)
+        assert 0.2 * 3 * larger < manifest_of(more)["spent_usd"] <= 3 * larger
+    journey = dataclasses.replace(bare, method="journey")
+    assert worst(journey)["worst case"] > 5 * plain
+
+
 def test_limits_that_a_server_tells_are_kept(tmp_path: Path):
     """60 requests at once and 10 a second after that: 100 take 4 s, and the headers keep nearly all 429s away."""
     log = tmp_path / "log.jsonl"
