@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import itertools
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -122,7 +121,7 @@ class Campaign:
             standing = await commits(self.ledger.standing)
             shown.show(standing.account, self._total, standing.trouble)
             if news or refilled or standing.out or (standing.in_batches and not standing.account.stop):
-                await asyncio.sleep(0 if refilled or len(news) > 100 else _TICK_S)
+                await asyncio.sleep(0 if (refilled and self._room) or len(news) > 100 else _TICK_S)
                 continue
             if standing.account.stop or not standing.fits:
                 if await commits(self.ledger.outcomes, seen):
@@ -144,14 +143,22 @@ class Campaign:
         few = len(self._waiting) < _AHEAD * self._under_way
         return self._more and (few or self._waiting_bytes < window or self.ended is not None)
 
-    async def _refill(self, commits: Commits, shown: Board) -> bool:
-        """Plans some of the calls that are still to be planned, where there is room for them."""
+    async def _refill(self, commits: Commits, shown: Board) -> int:
+        """Plans some of the calls that are still to be planned, where there is room for them; returns how many."""
         if not self._room:
-            return False
-        calls = list(itertools.islice(self._calls, _PLANNED))
+            return 0
+        calls = await asyncio.to_thread(self._pull)  # sending goes on meanwhile
         self._more = bool(calls)
         await self._plan(calls, commits, shown)
-        return bool(calls)
+        return len(calls)
+
+    def _pull(self) -> list[Call]:
+        calls: list[Call] = []
+        size = 0
+        while len(calls) < _PLANNED and size < _WINDOW_BYTES // 8 and (call := next(self._calls, None)):
+            calls.append(call)
+            size += _size(call)
+        return calls
 
     async def _plan(self, calls: list[Call], commits: Commits, shown: Board) -> None:
         """Records calls to be sent, unless the run has ended.

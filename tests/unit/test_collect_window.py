@@ -23,7 +23,7 @@ from jaxdistill.records import Chain, read_jsonl, write_jsonl
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four calls wait at a time for each that may be under way."""
-    monkeypatch.setattr(campaign, "_WINDOW_BYTES", 1)
+    monkeypatch.setattr(campaign, "_WINDOW_BYTES", 8)
     monkeypatch.setattr(campaign, "_PLANNED", 3)
 
 
