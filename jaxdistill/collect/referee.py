@@ -138,8 +138,6 @@ def apply(decided: Decided, undecided: Undecided, sampling: Sampling) -> None:
             sampling.put(call, dataclasses.replace(judged, detail=f"{judged.detail}; the judge: {said.detail}"))
 
 
-def run_config(config: RunConfig, **judge: Any) -> RunConfig:
-    """The judge's share of a command's configuration, in a folder of its own."""
-    names = ("unknown_price", "verify_timeout_s", "dry_run")
-    common = {name: getattr(config, name) for name in names}
-    return RunConfig(workdir=Path(config.workdir, "judge"), **common, **judge)
+def run_config(workdir: Path, **judge: Any) -> RunConfig:
+    """The judge's share of a command's configuration, in a folder of its own within the command's."""
+    return RunConfig(workdir=workdir / "judge", **judge)

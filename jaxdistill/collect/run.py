@@ -69,8 +69,9 @@ class CollectConfig(RunConfig):
     @property
     def judge_run(self) -> RunConfig:
         """What the judge's calls are told."""
+        common = {name: getattr(self, name) for name in ("unknown_price", "verify_timeout_s", "dry_run")}
         budgets = {"budget_usd": self.judge_budget_usd, "budget_tokens": self.judge_budget_tokens}
-        return referee.run_config(self, teacher=self.judge, **budgets)
+        return referee.run_config(self.workdir, teacher=self.judge, **budgets, **common)
 
 
 def main(config: CollectConfig) -> Mapping[str, int]:

@@ -1,6 +1,7 @@
 """Refining: gates by example and on real pairs, translation against a server, selection, import and mix."""
 
 import contextlib
+import dataclasses
 import http.server
 import json
 import re
@@ -19,6 +20,8 @@ from jaxdistill.curate.gates import reformat_gate, translation_gate
 from jaxdistill.curate.reflection import _CORRECTION, _CORRECTIONS, _MARKER, MARKERS, backtracks, count_markers, reflect
 from jaxdistill.curate.text import language, named_numbers, numbers, tokens
 from jaxdistill.errors import RunError, UserError
+from jaxdistill.local_teacher.answers import Faults
+from jaxdistill.local_teacher.server import TeacherOptions, running_teacher
 from jaxdistill.reading import Dropped
 from jaxdistill.records import Example, Problem, read_jsonl, write_jsonl
 from jaxdistill.verify import Verifier
@@ -274,6 +277,40 @@ def test_import_of_real_sets_keeps_what_verifies(shared_data: Path, tmp_path: Pa
     assert kept["journey_aime_exp5"]["kept"] >= 330
     assert kept["journey_aime_exp5"]["wrong"] >= 1
     assert kept["deepseek_reasoner_mmlupro"]["kept"] >= 95
+
+
+def test_a_judge_decides_what_no_rule_can_compare(tmp_path: Path) -> None:
+    rows = [
+        {"id": f"{kind}{i}", "problem": f"Where is {i}?", "response": f"\\boxed{{{answer}}}", "answer": gold}
+        for i in range(10)
+        for kind, answer, gold in (("open", f"（见 {i}）", f"（在 {i}）"), ("right", "7", "7"), ("wrong", "8", "7"))
+    ]
+    (tmp_path / "set.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = adopt.ImportConfig(inputs=(tmp_path / "set.jsonl",), workdir=tmp_path / "run")
+    assert adopt.main(config) == {"kept": 10, "unverifiable": 10, "wrong": 10}
+    log = tmp_path / "log.jsonl"
+    with running_teacher(TeacherOptions(log=log, faults=Faults(wrong=0.3))) as base_url:
+        judged = dataclasses.replace(config, judge=TeacherConfig(base_url=base_url), judge_budget_tokens=2000)
+        with pytest.raises(RunError, match="the judge: over budget; run the same command again"):
+            adopt.main(judged)
+        judged = dataclasses.replace(judged, judge_budget_tokens=None)
+        counts = adopt.main(judged)
+        answers = len(log.read_text().splitlines())
+        assert answers == 10
+        assert adopt.main(judged) == counts
+        assert len(log.read_text().splitlines()) == answers  # asked once
+    assert sum(counts.values()) == 30
+    assert counts["kept"] > 10
+    assert counts["wrong"] > 10
+    facts = json.loads((config.workdir / "manifest.json").read_text())["judge"]
+    assert (facts["asked"], facts["decided"]) == (10, 10 - counts.get("unverifiable", 0))
+    kept = [one.id for one in read_jsonl(config.workdir / "examples.jsonl", Example)]
+    assert kept == [row["id"] for row in rows if row["id"] in kept]
+    receipts = {row.id: row for row in read_jsonl(config.workdir / "dropped.jsonl", Dropped)}
+    assert {*kept, *receipts} == {row["id"] for row in rows}
+    assert any("rule judge/local-teacher/same_answer.v1@" in row.detail for row in receipts.values())
+    with pytest.raises(UserError, match="judge is set and verify is not"):
+        dataclasses.replace(judged, verify=False)
 
 
 def test_nothing_to_import_is_an_error(tmp_path: Path) -> None:
