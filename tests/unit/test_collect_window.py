@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from jaxdistill.local_teacher.answers import Faults
 from jaxdistill.local_teacher.app import TeacherOptions
 from jaxdistill.local_teacher.problems import generate
 from jaxdistill.local_teacher.server import running_teacher
-from jaxdistill.records import Chain, read_jsonl, write_jsonl
+from jaxdistill.records import Chain, Example, Problem, read_jsonl, write_jsonl
 
 
 @pytest.fixture
@@ -45,16 +47,16 @@ def test_a_window_changes_nothing_that_is_written(changes: dict[str, Any], tmp_p
         log = folder / "log.jsonl"
         faults = Faults(wrong=0.3, truncated=0.1, server_error=0.05)
         with running_teacher(TeacherOptions(log=log, faults=faults, seed=2)) as base_url:
-            config = dataclasses.replace(config_for(folder, base_url, 60, in_flight=2, max_tokens=2000), **changes)
+            config = dataclasses.replace(config_for(folder, base_url, 40, in_flight=2, max_tokens=2000), **changes)
             main(config)
             asked = len(log_entries(log))
             main(config)  # all of it is there: nothing is asked, whatever the window
             assert len(log_entries(log)) == asked
         written.append(rows_of(config.workdir))
     assert written[0] == written[1]
-    assert len(written[0]["chains"]) > 30
+    assert len(written[0]["chains"]) > 20
     ids = [one["id"].partition("/")[0] for one in written[0]["chains"]]
-    order = [problem.id for problem in generate("all", 60, seed=1, split="train")]
+    order = [problem.id for problem in generate("all", 40, seed=1, split="train")]
     assert ids == sorted(ids, key=order.index)
 
 
@@ -105,3 +107,37 @@ def test_a_file_that_changes_meanwhile_is_noticed(tmp_path: Path, monkeypatch: p
         monkeypatch.setattr(campaign.Campaign, "run", changing)
         with pytest.raises(RunError, match=r"problems\.jsonl changed while it was worked on"):
             main(config)
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from jaxdistill import cli
+from jaxdistill.collect import campaign, viewer
+campaign._WINDOW_BYTES, viewer._MOST_PROBLEMS = 1 << 20, 5
+try:
+    cli.main(sys.argv[1:])
+except SystemExit as ended:
+    assert ended.code == 1  # the local teacher knows none of these: nothing was kept
+(line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+print(line.split()[1])  # kB; getrusage would count what the process that started this one had
+"""
+
+
+@pytest.mark.parametrize(("stage", "option"), [("collect", "--problems"), ("refine translate", "--examples")])
+def test_memory_does_not_grow_with_the_texts(stage: str, option: str, tmp_path: Path):
+    """Five times the rows: less than half of the bytes that are read more."""
+    peaks, sizes = [], []
+    with running_teacher() as base_url:
+        for count in (60, 300):
+            path, text = tmp_path / f"{count}.jsonl", "step by step " * 4000
+            problems = [Problem(id=f"p{i}", problem=f"{i} {text}", answer="1") for i in range(count)]
+            asked = [Example(id=p.id, messages=({"role": "user", "content": p.problem},)) for p in problems]
+            write_jsonl(path, problems if stage == "collect" else asked)
+            words = [*stage.split(), option, str(path), "--workdir", str(tmp_path / f"run{count}")]
+            words += ["--teacher.base-url", base_url, "--teacher.in-flight", "4"]
+            command = [sys.executable, "-c", PROGRAM, *words]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            peaks.append(int(done.stdout) * 1024)
+            sizes.append(path.stat().st_size)
+    assert (peaks[1] - peaks[0]) / (sizes[1] - sizes[0]) < 0.5, peaks
