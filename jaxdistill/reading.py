@@ -182,8 +182,7 @@ class Rows(Generic[Row]):
 
     def _repeated(self, hashes: "array.array[int]") -> Iterator[str]:
         """What is wrong with ids that come again."""
-        ordered = np.sort(np.frombuffer(hashes, np.int64)) if hashes else np.zeros(0, np.int64)
-        again = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+        again = repeated(hashes)
         places: dict[str, str] = {}
         for line in read_lines(self._path, Malformed(told=0)) if again else ():
             name = line.values.get("id") if isinstance(line, Line) else None
@@ -192,6 +191,12 @@ class Rows(Generic[Row]):
             here = line.place.rpartition(":")[2]
             if (first := places.setdefault(name, here)) != here:
                 yield f"line {here} repeats the id {name!r} of line {first}"
+
+
+def repeated(hashes: "array.array[int]") -> set[int]:
+    """Those numbers, of 64 bits each, that are there more than once."""
+    ordered = np.sort(np.frombuffer(hashes, np.int64)) if hashes else np.zeros(0, np.int64)
+    return set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
 
 
 def _id(row: Any) -> str:

@@ -1,5 +1,6 @@
 """Several sets of examples as one, shuffled: the bilingual set of the paper's second model."""
 
+import array
 import contextlib
 import dataclasses
 import random
@@ -12,7 +13,7 @@ from jaxdistill.curate.text import language
 from jaxdistill.errors import UserError
 from jaxdistill.manifest import write_config, write_manifest
 from jaxdistill.progress import say
-from jaxdistill.reading import Dropped, Malformed, check_kept, not_spoken, read_rows
+from jaxdistill.reading import Dropped, Malformed, check_kept, not_spoken, read_rows, repeated
 from jaxdistill.records import Example, whole_file
 
 
@@ -31,7 +32,7 @@ class MixConfig:
             raise UserError("examples is empty, expected one or more JSON Lines files")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class _Place:
     """Where a row stands, and what is asked of it."""
 
@@ -39,25 +40,24 @@ class _Place:
     path: Path
     start: int  # bytes before its line
     language: str
-    provenance: tuple[str, ...]
+    provenance: tuple[str, ...]  # where pairs are asked for
 
 
 def main(config: MixConfig) -> Mapping[str, int]:
     """Writes examples.jsonl and returns its number of rows, in all and by language, and of those without a pair.
 
-    Memory: one row, and some 500 bytes for each.
+    Memory: one row, and some 200 bytes for each; where pairs are asked for, some 500.
 
     Raises:
       UserError: a file is missing or empty, a line is malformed and `strict`, or two examples have one id.
       RunError: nothing was kept; all files are written.
     """
     malformed = Malformed(config.strict)
-    rows = [place for path in config.examples for place in _places(path, malformed)]
-    repeated = [name for name, count in Counter(one.id for one in rows).items() if count > 1]
-    if repeated:
-        raise UserError(
-            f"{len(repeated)} ids are in the sets more than once, such as {repeated[:3]}; give each its own"
-        )
+    rows = [place for path in config.examples for place in _places(path, config.pairs, malformed)]
+    again = repeated(array.array("q", (hash(one.id) for one in rows)))
+    names = Counter(one.id for one in rows if hash(one.id) in again) if again else Counter[str]()
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise UserError(f"{len(twice)} ids are in the sets more than once, such as {twice[:3]}; give each its own")
     kept = _paired(rows) if config.pairs else rows
     random.Random(config.seed).shuffle(kept)
     write_config(config.workdir, config)
@@ -80,7 +80,7 @@ def main(config: MixConfig) -> Mapping[str, int]:
     return counts
 
 
-def _places(path: Path, malformed: Malformed) -> list[_Place]:
+def _places(path: Path, pairs: bool, malformed: Malformed) -> list[_Place]:
     if sources.is_remote(path) or path.suffix in (parquet.SUFFIX, *array_records.SUFFIXES):
         raise UserError(
             f"{sources.name(path)}: its rows cannot be copied as they stand; expected JSON Lines of examples on a disk"
@@ -91,7 +91,7 @@ def _places(path: Path, malformed: Malformed) -> list[_Place]:
             path=path,
             start=start,
             language=language(one.messages[0]["content"]),
-            provenance=one.provenance,
+            provenance=one.provenance if pairs else (),
         )
         for one, start in zip(read_rows(path, Example, malformed, not_spoken), _starts(path), strict=True)
         if not isinstance(one, Dropped)

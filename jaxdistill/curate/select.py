@@ -1,5 +1,6 @@
 """The examples that reflect most: markers and backtracking per 1,000 tokens of what the assistant says."""
 
+import array
 import dataclasses
 import heapq
 from collections.abc import Iterator, Mapping
@@ -10,7 +11,7 @@ from jaxdistill.errors import UserError
 from jaxdistill.manifest import write_config, write_manifest
 from jaxdistill.progress import say
 from jaxdistill.reading import Dropped, Malformed, check_kept, not_spoken, read_rows
-from jaxdistill.records import Example, write_jsonl
+from jaxdistill.records import Example, to_json, whole_file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,50 +48,43 @@ class Scored:
 def main(config: SelectConfig) -> Mapping[str, int]:
     """Writes the chosen examples in their order and the scores of all; returns how many were chosen and not.
 
-    Ties are broken by the order of the input. Memory: one example, and some 100 bytes for each.
+    Ties are broken by the order of the input. Memory: one example, and 33 bytes for each.
 
     Raises:
       UserError: the examples are missing or none, or a line is malformed and `strict`.
       RunError: nothing was kept; all files are written.
     """
     malformed = Malformed(config.strict)
-    scores = [_score(config, one) for one in _examples(config, malformed)]
+    scores, found = array.array("d"), {name: array.array("q") for name in ("tokens", "markers", "backtracks")}
+    for one in _examples(config, malformed):
+        reflection = reflect("\n".join(m["content"] for m in one.messages if m["role"] == "assistant"))
+        scores.append(reflection.score(config.backtrack_weight))
+        for name, values in found.items():
+            values.append(getattr(reflection, name))
     if not scores:
         raise UserError(f"{config.examples}: holds no example that can be read; expected at least one line")
-    able = ((row.score, -number) for number, row in enumerate(scores) if row.tokens >= config.least_tokens)
-    chosen = {-number for _, number in heapq.nlargest(config.count, able)}
-    rows = [dataclasses.replace(row, chosen=number in chosen) for number, row in enumerate(scores)]
-
-    def kept() -> Iterator[Example]:
-        for row, one in zip(rows, _examples(config, Malformed(told=0)), strict=True):
-            if row.chosen:
-                yield one
-
+    able = ((scores[i], -i) for i, tokens in enumerate(found["tokens"]) if tokens >= config.least_tokens)
+    chosen = bytearray(len(scores))
+    for _, number in heapq.nlargest(config.count, able):
+        chosen[-number] = 1
     write_config(config.workdir, config)
-    write_jsonl(config.workdir / "examples.jsonl", kept())
-    write_jsonl(config.workdir / "scores.jsonl", rows)
-    short = sum(row.tokens < config.least_tokens for row in rows)
-    counts = {"kept": len(chosen), "less_reflective": len(rows) - len(chosen) - short, "too_short": short}
+    with whole_file(config.workdir / "examples.jsonl") as kept, whole_file(config.workdir / "scores.jsonl") as all_of:
+        for i, one in enumerate(_examples(config, Malformed(told=0))):
+            values = {name: values[i] for name, values in found.items()}
+            row = Scored(id=one.id, score=scores[i], chosen=bool(chosen[i]), **values)
+            all_of.write(to_json(row) + "\n")
+            if row.chosen:
+                kept.write(to_json(one) + "\n")
+    short, count = sum(tokens < config.least_tokens for tokens in found["tokens"]), sum(chosen)
+    counts = {"kept": count, "less_reflective": len(scores) - count - short, "too_short": short}
     counts |= malformed.counts
-    least = min((row.score for row in rows if row.chosen), default=0.0)
+    least = min((score for score, is_chosen in zip(scores, chosen, strict=True) if is_chosen), default=0.0)
     write_manifest(config.workdir, "select", [config.examples], counts, least_score=least)
-    say(f"select: {len(chosen)} of {len(rows)} examples, scores from {least:.1f} per 1,000 tokens")
-    check_kept(len(chosen), {name: count for name, count in counts.items() if name != "kept"})
+    say(f"select: {count} of {len(scores)} examples, scores from {least:.1f} per 1,000 tokens")
+    check_kept(count, {name: count for name, count in counts.items() if name != "kept"})
     return counts
 
 
 def _examples(config: SelectConfig, malformed: Malformed) -> Iterator[Example]:
     rows = read_rows(config.examples, Example, malformed, not_spoken)
     return (row for row in rows if not isinstance(row, Dropped))
-
-
-def _score(config: SelectConfig, one: Example) -> Scored:
-    found = reflect("\n".join(message["content"] for message in one.messages if message["role"] == "assistant"))
-    return Scored(
-        id=one.id,
-        score=found.score(config.backtrack_weight),
-        tokens=found.tokens,
-        markers=found.markers,
-        backtracks=found.backtracks,
-        chosen=False,
-    )
