@@ -70,7 +70,7 @@ def estimate(teacher: Teacher, config: RunConfig, sampling: Plan, judge: Judge |
         ("already answered", f"{answered:,}"),
         ("price", teacher.prices.describe()),
         ("expected", f"${teacher.prices.nano(usage) / NANO:,.2f}, {tokens:,} tokens"),
-        ("worst case", _cost(worst) + (", larger tries and further samples included" if up_to else "")),
+        ("worst case", _cost(worst) + (" for all of these" if up_to else "")),
     ]
     if judge is not None:
         rows += [

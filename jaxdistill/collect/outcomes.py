@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from jaxdistill.errors import disk_full
+from jaxdistill.errors import RunError, disk_full
 
 
 class Outcomes:
@@ -16,6 +16,7 @@ class Outcomes:
 
     Raises:
       OSError: that disk is full.
+      RunError: nothing can be written there.
     """
 
     def __init__(self):
@@ -51,4 +52,7 @@ class Outcomes:
         except sqlite3.OperationalError as error:
             if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL:
                 raise disk_full(Path(tempfile.gettempdir())) from error
-            raise
+            raise RunError(
+                f"no results can be kept under {tempfile.gettempdir()} ({error}); mend this or set TMPDIR, and run the "
+                "same command again: what was answered is kept"
+            ) from error
