@@ -1,6 +1,8 @@
 """Rows that tests write and read."""
 
 import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
 from jaxdistill.records import Chain, Usage, Verdict
@@ -25,3 +27,9 @@ _CHAIN = Chain(
 def chain(**changes: Any) -> Chain:
     """A verified answer to one problem."""
     return dataclasses.replace(_CHAIN, **changes)
+
+
+def log_entries(path: Path) -> list[dict[str, Any]]:
+    """What the teacher logged so far, one object a request; a line that it is still writing is not among them."""
+    written = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in written[: written.rfind("\n") + 1].splitlines()]

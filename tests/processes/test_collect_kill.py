@@ -11,9 +11,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
+from rows import log_entries
 
 from jaxdistill.collect.run import CollectConfig, main
 from jaxdistill.collect.teacher import TeacherConfig
@@ -30,10 +30,6 @@ from jaxdistill.collect.run import CollectConfig, main
 from jaxdistill.collect.teacher import TeacherConfig
 main({config!r})
 """
-
-
-def log_entries(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def finished(ledger: Path) -> dict[str, bytes]:

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import json
 import os
 import shutil
 import sqlite3
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rows import log_entries
 
 from jaxdistill.collect import spare
 from jaxdistill.collect.run import CollectConfig, main
@@ -34,7 +34,7 @@ def config_for(folder: Path, base_url: str, count: int = 12, **changes: Any) -> 
 
 def answered(log: Path) -> collections.Counter[str]:
     """How often each request was answered, by the teacher's own log."""
-    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    entries = log_entries(log)
     return collections.Counter(entry["body_sha256"] for entry in entries if entry["status"] == 200)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rows import log_entries
 
 from jaxdistill.collect.run import CollectConfig, main
 from jaxdistill.collect.teacher import TeacherConfig
@@ -39,10 +40,6 @@ def config_for(folder: Path, base_url: str, count: int, **changes: Any) -> Colle
     settings = {"max_tokens": 400, "backoff_s": 0.02, "attempt_limit": 12, **changes}
     teacher = TeacherConfig(base_url=base_url, profile="local", **settings)
     return CollectConfig(problems=folder / "problems.jsonl", workdir=folder / "run", teacher=teacher)
-
-
-def log_entries(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def manifest_of(config: CollectConfig) -> dict[str, Any]:

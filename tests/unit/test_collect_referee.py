@@ -3,9 +3,9 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
+from rows import log_entries
 from test_collect_failures import config_for
 
 from jaxdistill.collect import referee
@@ -25,10 +25,6 @@ def undecidable(folder: Path, base_url: str, count: int) -> CollectConfig:
     problems = generate("all", count, seed=3, split="train")
     write_jsonl(config.problems, [dataclasses.replace(p, answer=f"（见 {p.id}）") for p in problems])
     return config
-
-
-def log_entries(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.mark.parametrize(

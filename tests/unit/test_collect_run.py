@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rows import log_entries
 
 from jaxdistill.collect.calls import Receipt
 from jaxdistill.collect.run import CollectConfig, main
@@ -33,10 +34,6 @@ def config_for(folder: Path, base_url: str, problems: list[Problem], **changes: 
     write_jsonl(folder / "problems.jsonl", problems)
     teacher = TeacherConfig(base_url=base_url, max_tokens=400, backoff_s=0.05, attempt_limit=12, **changes)
     return CollectConfig(problems=folder / "problems.jsonl", workdir=folder / "run", teacher=teacher)
-
-
-def log_entries(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_verified_chains_and_a_receipt_for_every_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

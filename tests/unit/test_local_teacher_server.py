@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rows import log_entries
 
 from jaxdistill.collect.reply import read_reply
 from jaxdistill.local_teacher.answers import MODEL, Faults, answer
@@ -157,7 +158,7 @@ def test_faults_come_at_their_rates_and_the_log_tells_them(tmp_path: Path):
     expected = {"rate_limited": 100, "server_error": 50, "truncated": 100, "wrong": 150, "right": 600}
     for outcome, count in expected.items():
         assert abs(seen[outcome] - count) < 4 * count**0.5, (outcome, seen)
-    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    entries = log_entries(log)
     assert collections.Counter(entry["outcome"] for entry in entries) == seen
     again = [answer(body_of(p.problem), 1, 1, faults).outcome for p in problems]
     assert [entry["outcome"] for entry in entries] == again  # drawn from seed, body and attempt: the same anywhere
