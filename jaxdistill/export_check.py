@@ -115,7 +115,7 @@ def _hidden(tensors: Source, c: Config, ids: Int[np.ndarray, "B T"], at: Int[np.
 
     @functools.partial(jax.jit, static_argnames="windowed")
     def layer(x: Array, w: Any, positions: Array, windowed: bool) -> Array:
-        return decoder.layer(positions, jnp.ones_like(positions), c)(x, w, windowed)
+        return decoder.layer(positions, jnp.ones_like(positions), c)(x, w, windowed)[0]
 
     with jax.default_matmul_precision("highest"):
         x = decoder.scaled(sharding.put(rows[:, order], "BTD"), c)
@@ -146,7 +146,7 @@ def logits(params: decoder.Params, ids: Int[np.ndarray, "B T"], c: Config) -> Fl
 
     @jax.jit
     def run(params: decoder.Params, ids: Array, positions: Array) -> Array:
-        x = decoder.hidden(params, ids, positions, jnp.ones_like(ids), c, jnp.float32, "none")
+        x, _ = decoder.hidden(params, ids, positions, jnp.ones_like(ids), c, jnp.float32, "none")
         return sharding.replicate(decoder.logits(params, x, c))
 
     order = sharding.row_order(ids.shape[1], jax.sharding.get_mesh().shape["context"])

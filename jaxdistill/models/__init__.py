@@ -6,7 +6,7 @@ from types import ModuleType
 
 from jaxdistill.errors import UserError
 
-_SHARED = {"attention", "config", "context", "decoder", "embedding", "layers", "lora", "quantized", "remat"}
+_SHARED = {"attention", "config", "context", "decoder", "embedding", "layers", "lora", "quantized", "remat", "routing"}
 FAMILIES = sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _SHARED)
 
 

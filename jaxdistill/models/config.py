@@ -45,6 +45,7 @@ class Config:
     experts: int = 0  # E, the MLPs that a layer chooses from for each token; 0: it has one, for all
     experts_per_token: int = 1  # that are chosen
     normed_choice: bool = False  # the chosen experts' probabilities are divided by their sum
+    router_aux_loss_coef: float = 0.0  # of the loss that balances experts, where config.json has training add it
     windowed: tuple[bool, ...] = ()  # of each layer, whether its queries see `window` keys at most; empty: none
     window: int = 0  # keys, a query's own the last of them
     local_rope: Rope | None = None  # of windowed layers, where it is another

@@ -62,8 +62,10 @@ def hidden(
     noise: Float[Array, "B T D"] | None = None,
     attention: Attention = REFERENCE,
     project: Projection = projection,
-) -> Float[Array, "B T D"]:
+) -> tuple[Float[Array, "B T D"], Any]:
     """Hidden states before the head, of packed rows, which stand as `sharding.row_order` has them.
+
+    And where the routers of a mixture's layers send the rows' tokens, stacked on L; None of a dense model.
 
     Args:
       positions: from 0 within each document.
@@ -79,12 +81,12 @@ def hidden(
         x += noise
     kinds = c.windowed if len(set(c.windowed)) > 1 else None  # else of one kind, and no array says which
 
-    def one(x: Array, item: Any) -> tuple[Array, None]:
+    def one(x: Array, item: Any) -> tuple[Array, Any]:
         w, windowed = item
-        return run(x, w, any(c.windowed) if kinds is None else windowed), None
+        return run(x, w, any(c.windowed) if kinds is None else windowed)
 
-    x, _ = jax.lax.scan(saving(remat, one), x, (params.blocks, None if kinds is None else jnp.array(kinds)))
-    return final(params, x, c)
+    x, routing = jax.lax.scan(saving(remat, one), x, (params.blocks, None if kinds is None else jnp.array(kinds)))
+    return final(params, x, c), routing
 
 
 def layer(
@@ -93,17 +95,18 @@ def layer(
     c: Config,
     attention: Attention = REFERENCE,
     project: Projection = projection,
-) -> Callable[[Array, Any, Any], Array]:
+) -> Callable[[Array, Any, Any], tuple[Array, Any]]:
     """One layer on packed rows: a function of hidden states, the layer's weights, and whether the layer is windowed.
 
-    That last may be an array of the devices: so one scan runs over layers of both kinds.
+    That last may be an array of the devices: so one scan runs over layers of both kinds. It returns the new hidden
+    states and, of a mixture, where the router sends real tokens.
     """
-    block = models.family(c.model_type).block
+    family = models.family(c.model_type)
     angles = angles_of_kinds(positions, c)
     T = positions.shape[1]
     windows = c.windows(T)
 
-    def run(x: Array, w: Any, windowed: Any) -> Array:
+    def run(x: Array, w: Any, windowed: Any) -> tuple[Array, Any]:
         window = None
         if windows:
             window = (
@@ -113,7 +116,11 @@ def layer(
         def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
             return packed_attention(q, k, v, segments, attention, Scores(c.score_scale, c.score_cap), window), None
 
-        return block(x, w, angles(windowed), attend, c, project)[0]
+        inputs = x, w, angles(windowed), attend, c, project
+        if c.experts:
+            x, _, routing = family.routed_block(*inputs, segments > 0)
+            return x, routing
+        return family.block(*inputs)[0], None
 
     return run
 

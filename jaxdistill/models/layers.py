@@ -128,8 +128,10 @@ def swiglu(
     return by_stretches(mlp, x, w.w_gate, w.w_up, w.w_down)
 
 
-def by_stretches(f: Callable[..., Array], x: Float[Array, "B T D"], *weights: Weight) -> Float[Array, "B T E"]:
+def by_stretches(f: Callable[..., Array], x: Any, *weights: Weight) -> Float[Array, "B T E"]:
     """f(x, *weights), which treats each position by itself: one stretch of a very long row after the other.
+
+    x is an array [B, T, D], or several of them.
 
     So what f computes on its way, stored weights that it gathers included, is never held for more than `_STRETCH`
     positions; the backward pass computes it again, whatever the remat policy would keep. Gradients of the weights are
@@ -137,22 +139,25 @@ def by_stretches(f: Callable[..., Array], x: Float[Array, "B T D"], *weights: We
     whole.
     """
     shards = jax.sharding.get_abstract_mesh().shape["context"]
-    B, T, D = x.shape
+    B, T = jax.tree.leaves(x)[0].shape[:2]
     pieces = _pieces(T // shards)
     if pieces == 1:
         return f(x, *weights)
     wide = jax.tree.map(lambda w: w.astype(jnp.float32) if jnp.issubdtype(w.dtype, jnp.floating) else w, weights)
 
     @jax.checkpoint
-    def stretch(x: Array, wide: tuple[Any, ...]) -> Array:
+    def stretch(x: Any, wide: tuple[Any, ...]) -> Array:
         return f(x, *jax.tree.map(lambda w, stored: w.astype(stored.dtype), wide, weights))
 
     # [B, T, D] -> [pieces, B, T / pieces, D], each device's positions for themselves
-    split = jax.lax.reshape(x, (B, shards, pieces, T // shards // pieces, D), out_sharding=spec("BTstD"))
-    xs = jax.lax.reshape(jnp.moveaxis(split, 2, 0), (pieces, B, T // pieces, D), out_sharding=spec("sBTD"))
-    _, ys = jax.lax.scan(lambda _, x: (None, stretch(x, wide)), None, xs)
-    split = jax.lax.reshape(ys, (pieces, B, shards, T // shards // pieces, ys.shape[-1]), out_sharding=spec("sBTtD"))
-    return jax.lax.reshape(jnp.moveaxis(split, 0, 2), (B, T, ys.shape[-1]), out_sharding=spec("BTD"))
+    def split(x: Array) -> Array:
+        cut = (B, shards, pieces, T // shards // pieces, x.shape[-1])
+        parts = jnp.moveaxis(jax.lax.reshape(x, cut, out_sharding=spec("BTstD")), 2, 0)
+        return jax.lax.reshape(parts, (pieces, B, T // pieces, x.shape[-1]), out_sharding=spec("sBTD"))
+
+    _, ys = jax.lax.scan(lambda _, x: (None, stretch(x, wide)), None, jax.tree.map(split, x))
+    parts = jax.lax.reshape(ys, (pieces, B, shards, T // shards // pieces, ys.shape[-1]), out_sharding=spec("sBTtD"))
+    return jax.lax.reshape(jnp.moveaxis(parts, 0, 2), (B, T, ys.shape[-1]), out_sharding=spec("BTD"))
 
 
 def _pieces(positions: int) -> int:

@@ -1,7 +1,6 @@
 """Qwen3, mixture of experts: Qwen3 with many small MLPs, of which each token goes through a few."""
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,13 +8,14 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxdistill.errors import UserError
 from jaxdistill.models.attention import Attend
 from jaxdistill.models.config import Config, read_config, write_rope
 from jaxdistill.models.layers import PROJECTION_NAME, Angles, Projection, by_stretches, projection, rms_norm
 from jaxdistill.models.qwen3 import attended
+from jaxdistill.models.routing import Routing, choose
 from jaxdistill.sharding import gather, relayout, spec, split_over
 from jaxdistill.weights import Weight, ones, weight
 
@@ -57,8 +57,14 @@ def config(hf: Mapping[str, Any]) -> Config:
             "mlp_only_layers": [],
         },
     )
-    normed = bool(hf.get("norm_topk_prob", False))
-    return dataclasses.replace(c, experts=experts, experts_per_token=chosen, normed_choice=normed)
+    coefficient = float(hf.get("router_aux_loss_coef", 0.001)) if hf.get("output_router_logits") else 0.0
+    return dataclasses.replace(
+        c,
+        experts=experts,
+        experts_per_token=chosen,
+        normed_choice=bool(hf.get("norm_topk_prob", False)),
+        router_aux_loss_coef=coefficient,
+    )
 
 
 def write_config(hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,25 +77,40 @@ def block(
     x: Float[Array, "B T D"], w: Block, angles: Angles, attend: Attend, c: Config, project: Projection = projection
 ) -> tuple[Float[Array, "B T D"], Any]:
     """One layer. Returns its output and whatever `attend` keeps (a cache when sampling)."""
+    x, kept, _ = routed_block(x, w, angles, attend, c, project, jnp.ones_like(x[..., 0], jnp.bool_))
+    return x, kept
+
+
+def routed_block(
+    x: Float[Array, "B T D"],
+    w: Block,
+    angles: Angles,
+    attend: Attend,
+    c: Config,
+    project: Projection,
+    real: Bool[Array, "B T"],
+) -> tuple[Float[Array, "B T D"], Any, Routing]:
+    """As `block`, and where the router sends those positions that are real."""
     x, kept = attended(x, w, angles, attend, c, project)
-
-    def mixture(h: Array, w_router: Weight, w_gate: Weight, w_up: Weight, w_down: Weight) -> Array:
-        scores = relayout(project("BTD,DE->BTE", h, w_router), "BT.")  # each device sees those of all experts
-        return experts(h, scores, w_gate, w_up, w_down, c)
-
     h = rms_norm(x, w.mlp_norm, c.norm_eps)
-    return x + by_stretches(mixture, h, w.w_router, w.w_gate, w.w_up, w.w_down), kept
+    scores = relayout(project("BTD,DE->BTE", h, w.w_router), "BT.")  # each device sees those of all experts
+    share, expert, routing = choose(scores, real, c)
+
+    def mixture(tokens: tuple[Array, Array, Array], w_gate: Weight, w_up: Weight, w_down: Weight) -> Array:
+        return experts(*tokens, w_gate, w_up, w_down)
+
+    return x + by_stretches(mixture, (h, share, expert), w.w_gate, w.w_up, w.w_down), kept, routing
 
 
 def experts(
     x: Float[Array, "B T D"],
-    scores: Float[Array, "B T E"],
+    share: Float[Array, "B T k"],
+    expert: Int[Array, "B T k"],
     w_gate: Float[Array, "E D f"],
     w_up: Float[Array, "E D f"],
     w_down: Float[Array, "E f D"],
-    c: Config,
 ) -> Float[Array, "B T D"]:
-    """Every token through the experts with its highest scores, weighted by their probabilities; none is dropped.
+    """Every token through its experts, weighted by their shares; none is dropped.
 
     Experts are split over tensor, where all devices have the same tokens: each computes what goes through its own, and
     the results are added up. So no token travels; what does is [B, T, D], as in the MLP of a dense model.
@@ -100,24 +121,17 @@ def experts(
     # device, and when sampling, where context splits no tokens, they do not go with tokens that are not split over it
     if jax.sharding.get_abstract_mesh().size == 1 or not split_over(spec("T")):
         gathered = [jax.sharding.reshard(w, spec(dims)) for w, (_, dims) in zip(gathered, stored, strict=True)]
-    local = functools.partial(_local, chosen=c.experts_per_token, normed=c.normed_choice)
-    gate, up, down = gathered
-    made: Any = jax.shard_map(local, out_specs=spec("BTD"))(x, scores, gate, up, down)
+    made: Any = jax.shard_map(_local, out_specs=spec("BTD"))(x, share, expert, *gathered)
     return made
 
 
-def _local(
-    x: Array, scores: Array, w_gate: Array, w_up: Array, w_down: Array, chosen: int, normed: bool
-) -> Float[Array, "B T D"]:
+def _local(x: Array, share: Array, expert: Array, w_gate: Array, w_up: Array, w_down: Array) -> Float[Array, "B T D"]:
     """What one device's experts add to its tokens, and the sum of that over the devices.
 
     Each token stands as often as it has chosen experts, in the order of the experts; those of other devices are the
     last. Every array is as if all chosen were here: how many are, only the data say.
     """
-    E, D = w_gate.shape[0], x.shape[-1]
-    share, expert = jax.lax.top_k(jax.nn.softmax(scores.astype(jnp.float32), axis=-1), chosen)
-    if normed:
-        share /= jnp.sum(share, axis=-1, keepdims=True)
+    E, D, chosen = w_gate.shape[0], x.shape[-1], expert.shape[-1]
     place = expert.reshape(-1) - jax.lax.axis_index("tensor") * E
     here = (place >= 0) & (place < E)
     place = jnp.where(here, place, E)

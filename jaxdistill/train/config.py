@@ -130,6 +130,7 @@ def check_fits(config: TrainConfig, c: Config, mesh: Mapping[str, int], device: 
         raise UserError(f"row_tokens {config.row_tokens} is not a multiple of twice mesh.context {mesh['context']}")
     sharding.check_divisible(c.sizes(), mesh)
     step = config.step
+    step.balance(c)
     quantized.check_model(step.matmul_dtype, c)
     attention = Attention(backend=backends.choose(step.attention, device.platform), context=step.context)
     backends.check(attention, c, mesh, rows, config.row_tokens, step.compute_dtype, device)

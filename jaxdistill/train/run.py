@@ -113,6 +113,7 @@ class Run:
                 "seed": config.seed,
                 "optim": dataclasses.asdict(phase.optim),
                 **({"lora": dataclasses.asdict(config.lora)} if config.lora.rank else {}),
+                **({"router_aux_loss_coef": balance} if (balance := config.step.balance(self.c)) else {}),
                 **({"spikes": True} if config.bad_steps.spike else {}),  # a checkpoint then holds the usual norm
             }
             origin = json.loads(json.dumps(origin, default=str))  # as a checkpoint gives it back

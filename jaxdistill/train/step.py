@@ -14,7 +14,7 @@ from jaxdistill import compiler, optim_state, sharding, weights
 from jaxdistill.data.packing import Batch
 from jaxdistill.errors import UserError
 from jaxdistill.loss import cross_entropy_sum
-from jaxdistill.models import decoder
+from jaxdistill.models import decoder, routing
 from jaxdistill.models.attention import REFERENCE, Attention, Backend, ContextParallelism
 from jaxdistill.models.config import Config
 from jaxdistill.models.lora import LoraConfig, adapting, apply
@@ -23,13 +23,14 @@ from jaxdistill.sharding import HOST_MEMORY
 from jaxdistill.train import bad_steps
 from jaxdistill.train.bad_steps import BAD_STEPS, BadStepsConfig
 
+_ROUTED = "tokens of each expert"  # by layer, [L, E]
 _DROPOUT = 2**31 - 2
 _ROUNDING = 2**31 - 1  # folded into a step's key; pieces of a batch fold in their numbers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepConfig:
-    """How a step is computed; apart from noise and rounding, none of it changes the result."""
+    """How a step is computed; apart from noise, rounding and the balance of experts, none of it changes the result."""
 
     accumulate: int = 1  # pieces a batch is worked off in, to save memory
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of activations; of weights: optim.state_dtype
@@ -39,12 +40,30 @@ class StepConfig:
     context: ContextParallelism = "all_gather"  # how attention crosses mesh.context; ulysses within a node of GPUs
     offload_moments: bool = False  # the optimizer's state waits in the host's memory between updates
     neftune_alpha: float = 0.0  # noise on the embeddings (arXiv 2310.05914); 0 is none
+    router_aux_loss_coef: float | None = None  # of a loss that balances experts; by default config.json's, if it
+    # has output_router_logits, and else 0
 
     def __post_init__(self):
         if self.accumulate < 1:
             raise UserError(f"step.accumulate is {self.accumulate}; expected 1 or more")
         if self.neftune_alpha < 0:
             raise UserError(f"step.neftune_alpha is {self.neftune_alpha}; expected 0 (none) or more")
+        if (coefficient := self.router_aux_loss_coef) is not None and coefficient < 0:
+            raise UserError(f"step.router_aux_loss_coef is {coefficient}; expected 0 (none) or more")
+
+    def balance(self, c: Config) -> float:
+        """The coefficient of the loss that balances experts, where training this model adds it; else 0.
+
+        Raises:
+          UserError: it is asked for, and the model has no experts.
+        """
+        coefficient = self.router_aux_loss_coef
+        if coefficient and not c.experts:
+            raise UserError(
+                f"step.router_aux_loss_coef is {coefficient}, but a {c.model_type} has no experts to balance; leave "
+                "it out"
+            )
+        return c.router_aux_loss_coef if coefficient is None else coefficient
 
 
 @struct.dataclass
@@ -130,10 +149,24 @@ def loss_sum(
     matmul_dtype: MatmulDtype = "compute",
 ) -> Array:
     """Weighted negative log-likelihood of packed rows [B, T], summed over tokens."""
+    return loss_sum_and_routing(params, batch, c, dtype, remat, noise, attention, matmul_dtype)[0]
+
+
+def loss_sum_and_routing(
+    params: decoder.Params,
+    batch: Batch,
+    c: Config,
+    dtype: Any,
+    remat: decoder.Remat,
+    noise: Any,
+    attention: Attention,
+    matmul_dtype: MatmulDtype,
+) -> tuple[Array, Any]:
+    """`loss_sum`, and what `decoder.hidden` says of a mixture's routers."""
     rows = batch.tokens, batch.positions, batch.segments
     project = adapting(projection_in(matmul_dtype))
-    x = decoder.hidden(params, *rows, c, dtype, remat, noise, attention, project)
-    return cross_entropy_sum(x, decoder.head(params), batch.targets, batch.weights, c.logit_cap)
+    x, routing = decoder.hidden(params, *rows, c, dtype, remat, noise, attention, project)
+    return cross_entropy_sum(x, decoder.head(params), batch.targets, batch.weights, c.logit_cap), routing
 
 
 def neftune_noise(key: PRNGKeyArray, lengths: Int[Array, "B T"], alpha: float, c: Config, dtype: Any) -> Any:
@@ -158,7 +191,9 @@ def make_step(
 ) -> Callable[..., tuple[State, dict[str, Array]]]:
     """The jitted training step for the current mesh. Batches are [accumulate, B, T]; the old state's memory is reused.
 
-    The loss is the mean over the global batch's weighted tokens: pieces are summed and divided once.
+    The loss is the mean over the global batch's weighted tokens: pieces are summed and divided once. What balances
+    experts is a product of two means, over a piece's real tokens on all devices: those of the whole batch are known
+    only after its last piece, when the gradients of the first are made. So pieces are averaged, by their tokens.
 
     Args:
       attention: as config asks for it, with the platform's backend where it leaves that open.
@@ -166,33 +201,47 @@ def make_step(
       lora: the state's params are adapters; the step takes the model's own weights, which stay, as a third argument.
       bad: which steps are bad, and whether those are taken all the same.
     """
-    dtype = jnp.dtype(config.compute_dtype)
+    dtype, balance = jnp.dtype(config.compute_dtype), config.balance(c)
 
-    def piece_loss(params: Any, piece: Batch, key: PRNGKeyArray, total: Array, frozen: decoder.Params | None) -> Array:
+    def piece_loss(
+        params: Any, piece: Batch, key: PRNGKeyArray, total: Array, real: Array, frozen: decoder.Params | None
+    ) -> tuple[Array, dict[str, Array]]:
+        """What is differentiated, and a piece's part of what the step reports; total weight and real tokens of all."""
         alpha = config.neftune_alpha
         noise = neftune_noise(key, piece.lengths, alpha, c, dtype) if alpha else None
         if lora is not None:
             assert frozen is not None
             params = apply(frozen, params, lora, jax.random.fold_in(key, _DROPOUT))
-        return loss_sum(params, piece, c, dtype, config.remat, noise, attention, config.matmul_dtype) / total
+        how = dtype, config.remat, noise, attention, config.matmul_dtype
+        loss_of_tokens, routed = loss_sum_and_routing(params, piece, c, *how)
+        loss = loss_of_tokens / total
+        if routed is None:
+            return loss, {"loss": loss}
+        uneven, tokens = routing.balance_loss(routed, c)
+        uneven *= jnp.sum(piece.segments > 0) / real
+        return loss + balance * uneven if balance else loss, {"loss": loss, "router_aux_loss": uneven, _ROUTED: tokens}
 
     def step(state: State, batch: Batch, frozen: decoder.Params | None = None) -> tuple[State, dict[str, Array]]:
         total = jnp.maximum(jnp.sum(batch.weights), 1e-6)
+        real = jnp.maximum(jnp.sum(batch.segments > 0), 1)
         key = jax.random.fold_in(state.key, state.step)
+        gradients = jax.grad(piece_loss, has_aux=True)
 
-        def piece(carry: tuple[Array, Any], item: tuple[Batch, Array]) -> tuple[tuple[Array, Any], None]:
+        def piece(carry: Any, item: tuple[Batch, Array]) -> tuple[Any, None]:
             rows, i = item
-            loss, grads = jax.value_and_grad(piece_loss)(state.params, rows, jax.random.fold_in(key, i), total, frozen)
-            return jax.tree.map(jnp.add, carry, (loss, grads)), None
+            found = gradients(state.params, rows, jax.random.fold_in(key, i), total, real, frozen)
+            return jax.tree.map(jnp.add, carry, found), None
 
         if config.accumulate == 1:
             rows = jax.tree.map(lambda a: a[0], batch)
-            loss, grads = jax.value_and_grad(piece_loss)(state.params, rows, key, total, frozen)
+            grads, said = gradients(state.params, rows, key, total, real, frozen)
         else:
-            zero = (jnp.zeros(()), jax.tree.map(lambda w: jnp.zeros_like(w, jnp.float32), state.params))
-            (loss, grads), _ = jax.lax.scan(piece, zero, (batch, jnp.arange(config.accumulate)))
+            shapes = {"loss": ()} | ({"router_aux_loss": (), _ROUTED: (c.layers, c.experts)} if c.experts else {})
+            nothing = {name: jnp.zeros(shape) for name, shape in shapes.items()}
+            zero = (jax.tree.map(lambda w: jnp.zeros_like(w, jnp.float32), state.params), nothing)
+            (grads, said), _ = jax.lax.scan(piece, zero, (batch, jnp.arange(config.accumulate)))
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-        norm = optax.tree.norm(grads)
+        loss, norm = said["loss"], optax.tree.norm(grads)
         good = bad_steps.is_good(bad, loss, norm, state.usual_norm, state.step)
         accept = good if bad.policy == "skip" else None
         rounding_key = jax.random.fold_in(key, _ROUNDING)
@@ -202,7 +251,10 @@ def make_step(
             share = jnp.maximum(1 - average_decay, 1 / (state.step + 1))
             average = optax.incremental_update(params, average, share)
         new = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state, average=average)
-        said = {"loss": loss, "grad_norm": norm, "loss_tokens": total, "good": good}
+        if c.experts:
+            routed = said.pop(_ROUTED)
+            said["expert_load_max"] = jnp.max(jnp.max(routed, axis=-1) / jnp.maximum(jnp.mean(routed, axis=-1), 1e-6))
+        said |= {"grad_norm": norm, "loss_tokens": total, "good": good}
         if state.usual_norm is not None:
             said["usual_norm"] = state.usual_norm
             new = dataclasses.replace(new, usual_norm=bad_steps.usual_norm(state.usual_norm, norm, good, state.step))

@@ -14,7 +14,7 @@ import tiny
 from jaxdistill import loss, optim, sharding
 from jaxdistill.data.packing import Batch
 from jaxdistill.errors import UserError
-from jaxdistill.models import decoder
+from jaxdistill.models import decoder, routing
 from jaxdistill.models.attention import REFERENCE, Attention, Backend, ContextParallelism, blockwise
 from jaxdistill.models.config import Config
 from jaxdistill.sharding import MeshConfig
@@ -61,7 +61,10 @@ def loss_and_gradients(c: Config, remat: decoder.Remat, sizes: dict[str, int], a
         params, batch = tiny.put(tiny.values(c), c), tiny.place(tiny.packed(LENGTHS, c.vocab, ROWS, T))
 
         def mean(params: decoder.Params, batch: Batch) -> jax.Array:
-            return train_step.loss_sum(params, batch, c, jnp.float32, remat, None, attention) / jnp.sum(batch.weights)
+            how = jnp.float32, remat, None, attention, "compute"
+            loss, routed = train_step.loss_sum_and_routing(params, batch, c, *how)
+            balance = routing.balance_loss(routed, c)[0] if c.experts else 0.0
+            return loss / jnp.sum(batch.weights) + balance
 
         value, gradients = jax.jit(jax.value_and_grad(mean))(params, batch)
         for gradient, weight in zip(jax.tree.leaves(gradients), jax.tree.leaves(params), strict=True):

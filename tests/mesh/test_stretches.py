@@ -12,6 +12,7 @@ import tiny
 from jaxdistill import sharding
 from jaxdistill.models import layers
 from jaxdistill.plan import ahead
+from jaxdistill.train.step import loss_sum
 
 B, T, D, F = 4, 512, 16, 48
 DIMS = {"w_gate": "DF", "w_up": "DF", "w_down": "FD"}
@@ -69,3 +70,16 @@ def test_many_stretches_lose_no_precision_in_bfloat16(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(("positions", "pieces"), [(32_768, 1), (65_536, 4), (500_000, 32), (40_000, 4), (131_101, 1)])
 def test_as_few_stretches_as_go(positions: int, pieces: int):
     assert layers._pieces(positions) == pieces, "131,101 is prime"
+
+
+def test_a_mixture_in_stretches_is_the_same(monkeypatch: pytest.MonkeyPatch):
+    """Tokens, the experts that they chose and the shares of these are cut alike."""
+    c = tiny.config("qwen3_moe", num_attention_heads=8, num_key_value_heads=2, num_hidden_layers=1)
+    found = []
+    for stretch, sizes in ((128, {}), (24, {"fsdp": 2, "context": 2, "tensor": 2})):
+        monkeypatch.setattr(layers, "_STRETCH", stretch)
+        with tiny.mesh(**sizes), jax.default_matmul_precision("highest"):
+            params, batch = tiny.put(tiny.values(c), c), tiny.place(tiny.packed([99, 80, 60, 101], c.vocab, 4, 128))
+            how = batch, c, jnp.float32, "none", None
+            found.append(jax.device_get(jax.jit(jax.value_and_grad(lambda p, how=how: loss_sum(p, *how)))(params)))
+    tiny.assert_trees_close(found[1], found[0], 1e-5)

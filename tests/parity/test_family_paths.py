@@ -12,7 +12,7 @@ import tiny
 from jaxdistill import export_check, hf
 from jaxdistill.data import packing
 from jaxdistill.hf_tensors import Stacked
-from jaxdistill.models import decoder
+from jaxdistill.models import decoder, routing
 from jaxdistill.sample.engine import Engine, EngineConfig
 from jaxdistill.sample.request import Request, SamplingConfig
 from jaxdistill.train.step import loss_sum
@@ -65,6 +65,40 @@ def test_gradients_of_a_packed_row_are_those_of_its_documents_in_transformers(fo
     assert float(found) == pytest.approx(wanted, rel=1e-5)
     expected = tiny.of_each_expert({name: parameter.grad.numpy() for name, parameter in model.named_parameters()})
     tiny.assert_trees_close({name: ours[name] for name in expected}, expected, 1e-4)
+
+
+def test_the_loss_that_balances_experts_is_that_of_transformers(tmp_path: Path):
+    """Value and gradient of two documents in one row here, of two rows and a mask there; padding in both."""
+    import torch
+
+    values, c = tiny.hf_config("qwen3_moe", output_router_logits=True), tiny.config("qwen3_moe")
+    folder = tiny.write_folder(tmp_path / "qwen3_moe", values, tiny.values(c), c, False)
+    documents, model = tiny.documents(LENGTHS, vocab=96), theirs(folder)
+    tokens, mask = (np.zeros((2, max(LENGTHS)), np.int64) for _ in range(2))
+    for i, document in enumerate(documents):
+        inputs = document.tokens[:-1]  # the last token is only ever a target
+        tokens[i, : len(inputs)], mask[i, : len(inputs)] = inputs, 1
+    wanted = model(torch.from_numpy(tokens), attention_mask=torch.from_numpy(mask)).aux_loss
+    wanted.backward()
+    with tiny.mesh(), jax.default_matmul_precision("highest"):
+        params, _ = hf.load(folder)
+        row = tiny.place(tiny.stack([packing.make_row(documents, 192)]))
+
+        @jax.jit
+        @jax.value_and_grad
+        def uneven(params: decoder.Params) -> jax.Array:
+            routed = decoder.hidden(params, row.tokens, row.positions, row.segments, c, jnp.float32)[1]
+            return routing.balance_loss(routed, c)[0]
+
+        found, gradients = uneven(params)
+    assert float(found) == pytest.approx(wanted.item(), rel=1e-5)
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(gradients)]
+    ours = Stacked(decoder.template(c), lambda leaf, index: leaves[leaf][index])
+    of_theirs = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
+    expected = tiny.of_each_expert(of_theirs)
+    assert "model.layers.1.mlp.gate.weight" in expected
+    shown = {name: value for name, value in expected.items() if np.abs(value).max() > 0}
+    tiny.assert_trees_close({name: ours[name] for name in shown}, shown, 1e-4)
 
 
 def test_sampled_tokens_are_the_likeliest_of_the_packed_forward(folder: Path):

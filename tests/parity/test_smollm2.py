@@ -58,7 +58,7 @@ def test_logits_at_4096_positions(smollm2: Path, theirs: Any, tokenizer: Any):
     with tiny.mesh(), jax.default_matmul_precision("highest"):
         params, c = hf.load(smollm2)
         rows = [sharding.put(x, "BT") for x in (tokens, np.arange(POSITIONS)[None], np.ones_like(tokens))]
-        x = jax.jit(lambda p, *rows: decoder.hidden(p, *rows, c=c, dtype=jnp.float32))(params, *rows)
+        x, _ = jax.jit(lambda p, *rows: decoder.hidden(p, *rows, c=c, dtype=jnp.float32))(params, *rows)
         logits = jax.jit(functools.partial(decoder.logits, c=c))
         largest = worst = 0.0
         compared = close = 0

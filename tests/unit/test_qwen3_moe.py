@@ -3,17 +3,21 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny
 
 from jaxdistill import sharding
 from jaxdistill.errors import UserError
-from jaxdistill.models import decoder, quantized, qwen3_moe
+from jaxdistill.models import decoder, quantized, qwen3_moe, routing
+from jaxdistill.models.attention import REFERENCE
 from jaxdistill.models.lora import LoraConfig
 from jaxdistill.models.lora import template as adapters
 from jaxdistill.sample.engine import Engine, EngineConfig
 from jaxdistill.sample.request import Request, SamplingConfig
+from jaxdistill.train import step as train_step
 
 
 def silu(x: np.ndarray) -> np.ndarray:
@@ -42,8 +46,79 @@ def test_experts_are_those_of_a_loop_over_tokens(normed: bool):
         of_tokens = [sharding.put(a.astype(np.float32), dims) for a, dims in ((x, "BTD"), (scores, "BT."))]
         stored = ((gate, "EDf"), (up, "EDf"), (down, "EfD"))
         of_experts = [sharding.put(a.astype(np.float32), dims, sharding.STORAGE) for a, dims in stored]
-        found = jax.jit(qwen3_moe.experts, static_argnums=5)(*of_tokens, *of_experts, c)
+
+        @jax.jit
+        def through(x: jax.Array, scores: jax.Array, *of_experts: jax.Array) -> jax.Array:
+            share, expert, _ = routing.choose(scores, jnp.ones((2, 5), bool), c)
+            return qwen3_moe.experts(x, share, expert, *of_experts)
+
+        found = through(*of_tokens, *of_experts)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def _compiled_in_a_hurry():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.usefixtures("_compiled_in_a_hurry")
+def test_a_step_adds_the_loss_that_balances_experts_and_says_how_uneven_they_are():
+    """Pieces of 40 and 20 tokens count by those: the gradient is that of the formula, written out here."""
+    c = tiny.config("qwen3_moe", output_router_logits=True, router_aux_loss_coef=0.25)
+    pieces = [tiny.packed([length + 1], c.vocab, rows=1, row_tokens=48, seed=length) for length in (40, 20)]
+    with tiny.mesh(), jax.default_matmul_precision("highest"):
+        params, optimizer = tiny.put(tiny.values(c), c), optax.sgd(1.0)
+        placed = [tiny.place(piece) for piece in pieces]
+        how = jnp.float32, "none", None, REFERENCE, "compute"
+
+        @jax.jit
+        @jax.value_and_grad
+        def written_out(params: decoder.Params) -> jax.Array:
+            found = [train_step.loss_sum_and_routing(params, piece, c, *how) for piece in placed]
+            uneven = [routing.balance_loss(routed, c)[0] for _, routed in found]
+            loss = (found[0][0] + found[1][0]) / sum(piece.weights.sum() for piece in placed)
+            return loss + 0.25 * (2 / 3 * uneven[0] + 1 / 3 * uneven[1])
+
+        value, gradients = jax.device_get(written_out(params))
+        before = jax.device_get(params)
+        together = jax.tree.map(lambda *leaves: np.concatenate(leaves), *pieces)
+        config = train_step.StepConfig(accumulate=2, compute_dtype="float32")
+        step = train_step.make_step(config, REFERENCE, c, optimizer)
+        state, said = step(train_step.new_state(params, optimizer, seed=0), train_step.place(together, 2))
+        after = jax.device_get(state.params)
+    tiny.assert_trees_close(jax.tree.map(np.subtract, before, after), gradients, 1e-5)
+    assert float(said["loss"] + 0.25 * said["router_aux_loss"]) == pytest.approx(float(value), rel=1e-5)
+    assert set(said) == {"loss", "router_aux_loss", "expert_load_max", "grad_norm", "loss_tokens", "good"}
+    assert 1 < float(said["expert_load_max"]) <= c.experts / c.experts_per_token
+
+
+def test_how_uneven_experts_are():
+    """In one layer all tokens go to the first three of eight experts, in the other evenly to all."""
+    c = tiny.config("qwen3_moe")
+    tokens = np.zeros((2, 1, 1, 8), np.float32)
+    tokens[0, ..., :3], tokens[1] = 80, 30
+    for probability, expected in (
+        (np.full_like(tokens, 10), 3.0),
+        (tokens / 3, 8 * (3 * 110**2 + 5 * 30**2) / (3 * 160**2)),
+    ):
+        found, of_experts = routing.balance_loss(routing.Routing(tokens, probability), c)
+        assert float(found) == pytest.approx(expected)
+        np.testing.assert_array_equal(of_experts, tokens[:, 0, 0])
+
+
+def test_when_experts_are_balanced():
+    """By transformers' own rule, which needs `output_router_logits`, or where the recipe says so."""
+    quiet = tiny.config("qwen3_moe", router_aux_loss_coef=0.25)
+    told = tiny.config("qwen3_moe", router_aux_loss_coef=0.25, output_router_logits=True)
+    default, off, strong = (train_step.StepConfig(router_aux_loss_coef=x) for x in (None, 0.0, 0.01))
+    assert [default.balance(c) for c in (quiet, told, tiny.config("qwen3"))] == [0, 0.25, 0]
+    assert [off.balance(told), off.balance(tiny.config("qwen3")), strong.balance(quiet)] == [0, 0, 0.01]
+    with pytest.raises(UserError, match=r"router_aux_loss_coef is 0.01, but a qwen3 has no experts"):
+        strong.balance(tiny.config("qwen3"))
+    with pytest.raises(UserError, match=r"router_aux_loss_coef is -1.0; expected 0"):
+        train_step.StepConfig(router_aux_loss_coef=-1.0)
 
 
 def test_greedy_tokens_are_the_same_where_experts_are_split():
