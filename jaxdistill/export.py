@@ -87,9 +87,21 @@ def _export(config: ExportConfig) -> float | None:
 
 
 def _export_adapters(config: ExportConfig) -> None:
-    """Writes the adapters of a phase in PEFT's format, and reads them back."""
+    """Writes the adapters of a phase in PEFT's format, and reads them back.
+
+    Raises:
+      UserError: the phase extended the model's context, which the adapters alone do not tell.
+      RunError: what was written is not what the checkpoint holds.
+    """
     model, folder = config.model, config.workdir
     tensors, declared, c, base = open_adapters(model, config.step)
+    own, of_base = (hf.read_config(base_of(path))[0] for path in (model, base))
+    if own != of_base:
+        raise UserError(
+            f"{model} was trained for {own.max_positions:,} positions ({own.rope}), {base} is made for "
+            f"{of_base.max_positions:,}: PEFT's format has no place for that, and who loads the adapters would run them "
+            "with the old positions; export the merged model, without adapters"
+        )
     facts = {"settings": dataclasses.asdict(config), "model": fingerprint(model, config.step)}
     inputs = [base_of(model) / "config.json"]
     manifest.write_manifest(folder, "export", inputs, {}, verified=False, **facts)

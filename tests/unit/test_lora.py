@@ -15,12 +15,13 @@ import safetensors.numpy
 import tiny
 
 from jaxdistill import export, export_check, hf, lora, metrics, optim, sharding, weights
-from jaxdistill.checkpoint import load_model
+from jaxdistill.checkpoint import keep_base, load_model
 from jaxdistill.checkpoint_tensors import open_model
 from jaxdistill.errors import UserError
 from jaxdistill.hf_tensors import Stacked
 from jaxdistill.models import decoder
 from jaxdistill.models import lora as models_lora
+from jaxdistill.models.context import ContextExtension
 from jaxdistill.models.lora import LoraConfig
 from jaxdistill.plan import ahead
 from jaxdistill.sharding import MeshConfig
@@ -213,6 +214,18 @@ def exported(trained: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("peft") / "adapters"
     export.main(export.ExportConfig(workdir=folder, model=trained.workdir / "sft", adapters=True))
     return folder
+
+
+def test_adapters_of_an_extended_context_are_exported_merged_alone(trained: TrainConfig, model: Path, tmp_path: Path):
+    """With the old RoPE they would load without a word, and be wrong."""
+    phase, out = tmp_path / "phase", tmp_path / "out"
+    shutil.copytree(trained.workdir / "sft", phase)
+    keep_base(model, phase, ContextExtension(positions=512, rope_theta=5000.0))
+    with pytest.raises(UserError, match=r"phase was trained for 512 positions .*made for 256: .* export the merged"):
+        export.main(export.ExportConfig(workdir=out, model=phase, adapters=True))
+    assert not out.exists()
+    export.main(export.ExportConfig(workdir=out, model=phase, verify=False))
+    assert json.loads((out / "config.json").read_text())["max_position_embeddings"] == 512
 
 
 TOKENS = np.random.default_rng(3).integers(3, C.vocab, (1, 50)).astype(np.int32)
