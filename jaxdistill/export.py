@@ -99,8 +99,8 @@ def _export_adapters(config: ExportConfig) -> None:
     if own != of_base:
         raise UserError(
             f"{model} was trained for {own.max_positions:,} positions ({own.rope}), {base} is made for "
-            f"{of_base.max_positions:,}: PEFT's format has no place for that, and who loads the adapters would run them "
-            "with the old positions; export the merged model, without adapters"
+            f"{of_base.max_positions:,}: PEFT's format has no place for that, and who loads the adapters would run "
+            "them with the old positions; export the merged model, without adapters"
         )
     facts = {"settings": dataclasses.asdict(config), "model": fingerprint(model, config.step)}
     inputs = [base_of(model) / "config.json"]

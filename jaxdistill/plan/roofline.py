@@ -189,7 +189,8 @@ def expected_collectives(
     Weights are gathered for the forward and the backward pass, a device's part over context and those over fsdp, in
     bfloat16 or those of the layers in 8 bits; gradients come back the other way in bfloat16;
     tensor parallelism reduces each layer's two outputs in both directions, and the first again where it is recomputed;
-    context parallelism gathers keys and values, and scatters their gradients.
+    context parallelism gathers keys and values, and scatters their gradients. Of a mixture all experts are gathered;
+    over tensor, which splits them, so are the router's scores, and the gradients of the shares of experts are reduced.
 
     Args:
       scatters_over_all: False where gradients are reduced whole in a group of all devices (`sharding.reduced_whole`).
@@ -212,6 +213,12 @@ def expected_collectives(
     if tensor > 1:
         x = local // context * c.embed * 2
         found.append(Collective("all-reduce", x, tensor, "bf16", int(c.layers * (4 + again))))
+        if c.experts:  # no token travels: devices of a tensor group have the same ones
+            positions = local // context
+            found.append(
+                Collective("all-gather", positions * c.experts * 2, tensor, "bf16", int(c.layers * (1 + again)))
+            )
+            found.append(Collective("all-reduce", positions * c.experts_per_token * 4, tensor, "f32", c.layers))
     if context > 1:
         keys = local * 2 * c.kv_heads // min(tensor, c.kv_heads) * c.head_dim * 2
         found.append(Collective("all-gather", keys, context, "bf16", int(c.layers * (2 + again))))
