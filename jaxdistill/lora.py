@@ -15,7 +15,7 @@ from jaxtyping import Int
 
 from jaxdistill import hf, sharding, weights
 from jaxdistill.errors import UserError
-from jaxdistill.hf_tensors import Source, Tensors, check, parts, read_json
+from jaxdistill.hf_tensors import Part, Source, Tensors, check, parts, read_json
 from jaxdistill.models import decoder
 from jaxdistill.models.lora import PEFT, Adapter, Adapters, LoraConfig, template
 
@@ -102,12 +102,7 @@ def save(folder: Path, tensors: Source, adapters: Mapping[str, Adapter], c: Lora
     Raises:
       UserError: the family keeps several of the adapted weights in one tensor, for which PEFT has one adapter.
     """
-    found = parts(adapters)
-    if shared := [name for name, held in found.items() if len(held) > 1]:
-        raise UserError(
-            f"PEFT has one adapter where this family keeps several weights in one tensor, as in {shared[0]}; "
-            "export the merged model"
-        )
+    found = _tensors(adapters, "export the merged model")
     folder.mkdir(parents=True, exist_ok=True)
     safetensors.numpy.save_file({name: tensors[name] for name in found}, folder / _WEIGHTS, metadata={"format": "pt"})
     modules = sorted({name.removeprefix(PEFT).split(".")[-3] for name in found})
@@ -126,6 +121,20 @@ def save(folder: Path, tensors: Source, adapters: Mapping[str, Adapter], c: Lora
     (folder / _CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def _tensors(adapters: Mapping[str, Adapter], remedy: str) -> dict[str, list[Part]]:
+    """What each of PEFT's tensors holds.
+
+    Raises:
+      UserError: the family keeps several of the adapted weights in one tensor, for which PEFT has one adapter.
+    """
+    found = parts(adapters)
+    if shared := [name for name, held in found.items() if len(held) > 1]:
+        raise UserError(
+            f"PEFT has one adapter where this family keeps several weights in one tensor, as in {shared[0]}; {remedy}"
+        )
+    return found
+
+
 def opened(folder: Path) -> Tensors:
     """The tensors of adapters in PEFT's format."""
     return Tensors(folder, _WEIGHTS)
@@ -135,7 +144,8 @@ def load(folder: Path, model: decoder.Params, c: LoraConfig, dtype: Any = np.flo
     """Adapters in PEFT's format, in storage layout on the current mesh.
 
     Raises:
-      UserError: they are none, are of another kind, or do not fit the configuration or the model.
+      UserError: they are none, are of another kind, or do not fit the configuration or the model; or the family keeps
+        several of the adapted weights in one tensor.
     """
     path = folder / _CONFIG
     if not path.is_file():
@@ -152,6 +162,7 @@ def load(folder: Path, model: decoder.Params, c: LoraConfig, dtype: Any = np.flo
     if problems:
         raise UserError(f"{path}: {'; '.join(problems)} (lora.rank and lora.alpha have to be those of the adapters)")
     declared = template(c, model)
+    _tensors(declared, "merge those adapters into the model with PEFT, and start from that one")
     with opened(folder) as tensors:
         check(declared, tensors.shapes(), str(folder))
         return hf.load_tensors(tensors, declared, dtype)

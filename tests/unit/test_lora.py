@@ -299,3 +299,9 @@ def test_adapters_that_do_not_fit(exported: Path, model: Path, tmp_path: Path):
     fused = models_lora.template(LORA, decoder.template(tiny.config("phi3")))
     with pytest.raises(UserError, match=r"keeps several weights in one tensor.*export the merged model"):
         lora.save(tmp_path / "phi3", Stacked(fused, lambda *_: np.zeros(0)), fused, LORA, "phi3")
+    with pytest.raises(UserError, match=r"keeps several weights in one tensor.*merge those adapters into the model"):
+        lora.load(exported, decoder.template(tiny.config("phi3")), LORA)
+    apart = models_lora.template(
+        dataclasses.replace(LORA, weights=("*.o_proj", "*.down_proj")), decoder.template(tiny.config("phi3"))
+    )
+    assert set(lora._tensors(apart, "")) == set(Stacked(apart, lambda *_: np.zeros(0)).shapes())

@@ -1,5 +1,6 @@
 """Qwen3's mixture of experts: routing against a plain loop, what config.json may ask for, and what is refused."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -9,11 +10,11 @@ import optax
 import pytest
 import tiny
 
-from jaxdistill import sharding
+from jaxdistill import lora, sharding, weights
 from jaxdistill.errors import UserError
 from jaxdistill.models import decoder, quantized, qwen3_moe, routing
 from jaxdistill.models.attention import REFERENCE
-from jaxdistill.models.lora import LoraConfig
+from jaxdistill.models.lora import LoraConfig, apply
 from jaxdistill.models.lora import template as adapters
 from jaxdistill.sample.engine import Engine, EngineConfig
 from jaxdistill.sample.request import Request, SamplingConfig
@@ -179,6 +180,30 @@ def test_adapters_of_experts_are_refused():
     with pytest.raises(UserError, match=r"experts.\{\}.gate_proj, .* not implemented: set it to \*self_attn"):
         adapters(LoraConfig(rank=2), model)
     assert sorted(adapters(LoraConfig(rank=2, weights=("*self_attn.*_proj",)), model)) == ["w_k", "w_o", "w_q", "w_v"]
+
+
+@pytest.mark.usefixtures("_compiled_in_a_hurry")
+def test_adapters_of_attention_beside_experts():
+    """On a mesh that splits the experts: the loss is that of the merged weights, and only adapters have a gradient."""
+    c, settings = tiny.config("qwen3_moe"), LoraConfig(rank=2, weights=("*self_attn.*_proj",))
+    declared = adapters(settings, decoder.template(c))
+    random = jax.tree.map(
+        lambda w: dataclasses.replace(w, init=weights.Initializer(0.0, 0.3)), declared, is_leaf=weights.is_declared
+    )
+    with tiny.mesh(fsdp=2, tensor=2), jax.default_matmul_precision("highest"):
+        params, made = tiny.put(tiny.values(c), c), weights.init(random, seed=5)
+        rows = tiny.place(tiny.packed([40, 23], c.vocab, rows=2, row_tokens=48))
+
+        @jax.jit
+        def loss(params: Any) -> jax.Array:
+            return train_step.loss_sum(params, rows, c, jnp.float32, "none", None)
+
+        beside = jax.jit(jax.value_and_grad(lambda a: loss(apply(params, a, settings))))
+        found, gradients = beside(made)
+        expected, without = loss(lora.merge(params, made, settings)), loss(params)
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+    assert abs(float(found) / float(without) - 1) > 1e-3
+    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(gradients))
 
 
 def test_experts_in_8_bits_are_refused():
