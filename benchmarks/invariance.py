@@ -32,7 +32,7 @@ from jaxdistill import hf
 from jaxdistill.models import decoder
 from jaxdistill.models.config import Config
 from jaxdistill.sample import cache
-from jaxdistill.sample.attention import ALL, Pages, Seeing, key_dims
+from jaxdistill.sample.attention import ALL, Pages, Seeing, page_dims, page_sizes
 from jaxdistill.sample.engine import Engine, EngineConfig
 from jaxdistill.sample.request import Request, SamplingConfig
 from jaxdistill.sharding import MeshConfig
@@ -42,15 +42,16 @@ STEPS, CALLS = 8, 7  # steps of a call, calls that are timed
 
 def at_once(q: Array, pages: Pages, tables: Array, positions: Array, live: Array, how: Seeing = ALL) -> Array:
     """`attend` for a plain model on one device, with one softmax over every page of the table."""
-    (T, H), (K, p) = (q.shape[1], q.shape[3]), pages.values.shape[1:3]
+    (T, H), (K, p), (of_keys, of_values) = (q.shape[1], q.shape[3]), page_sizes(pages), page_dims()
     q_BKXH = rearrange(q, "B T (K G) H -> B K (G T) H", K=K)
     keys, values = pages.keys[tables], pages.values[tables]
-    scores = jnp.einsum(f"BKXH,BM{key_dims()[1:]}->BKXMp", q_BKXH, keys, preferred_element_type=jnp.float32)
+    scores = jnp.einsum(f"BKXH,BM{of_keys[1:]}->BKXMp", q_BKXH, keys, preferred_element_type=jnp.float32)
     last_X = jnp.tile(positions, (1, q_BKXH.shape[2] // T))[:, None, :, None, None]
     key_positions = jnp.arange(tables.shape[1])[:, None] * p + jnp.arange(p)
     scores = jnp.where(key_positions <= last_X, scores * how.scores.scale_of(H), -1e30)
     weights = jax.nn.softmax(scores, axis=(-2, -1)).astype(q.dtype)
-    seen = jnp.einsum("BKXMp,BMKpH->BKXH", weights, values, preferred_element_type=jnp.float32).astype(q.dtype)
+    with_values = f"BKXMp,BM{of_values[1:]}->BKXH"
+    seen = jnp.einsum(with_values, weights, values, preferred_element_type=jnp.float32).astype(q.dtype)
     return rearrange(seen, "B K (G T) H -> B T (K G) H", T=T)
 
 

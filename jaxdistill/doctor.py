@@ -11,6 +11,7 @@ from jaxdistill.collect import check
 from jaxdistill.errors import RunError
 from jaxdistill.models import quantized
 from jaxdistill.models.attention import Backend, backends
+from jaxdistill.sample import attention
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,9 @@ def main(config: DoctorConfig) -> None:
         reason = backends.unavailable(backend, devices[0])
         state = f"not available: {reason}" if reason else f"available{', the default here' * (backend == own)}"
         print(f"step.attention {backend:10} {state}")
+    for kernel in get_args(attention.Kernel):
+        reason = attention.unavailable(kernel, devices[0])
+        print(f"engine.attention {kernel:8} {f'not available: {reason}' if reason else 'available'}")
     for matmul_dtype in get_args(quantized.MatmulDtype):
         reason = quantized.unavailable(matmul_dtype, devices[0])
         state = f"not available: {reason}" if reason else f"available: {quantized.describe(matmul_dtype, devices[0])}"

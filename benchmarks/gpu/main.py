@@ -1,4 +1,4 @@
-"""What is claimed of one H100, measured: attention's correctness, the ceilings, MFU by shape, the peer, and a profile.
+"""What is claimed of one H100, measured: attention, the ceilings, decoding, MFU by shape, the peer, and a profile.
 
     benchmarks/gpu.sh [--smoke] [--out FOLDER] [--budget-s 570] [--parts PART ...] [--models MODEL ...] [--rows ...]
 
@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -26,7 +27,9 @@ import shapes
 from jaxdistill import manifest
 
 HERE = Path(__file__).parent
-PARTS = ("attention", "peak", "step", "peer")
+PARTS = ("attention", "peak", "decode", "step", "peer")
+_DECODED = ("1.5B", "smoke")  # models whose caches fit one GPU: 64 contexts of 32,768 are 60 GB of the smallest
+_LONGEST_DECODED = 32_768
 _LEAST_S = 20  # seconds left below which no part is started
 _CACHE = "/tmp/jaxdistill-gpu-cache"  # of compiled programs: a second call on a warm machine starts at once
 
@@ -83,6 +86,11 @@ def _parts(options: argparse.Namespace, folder: Path) -> list[Part]:
     smoke, memory = ("--smoke",) if options.smoke else (), str(_memory_gib())
     found = [Part(name, (f"{name}.py", *smoke), "jax") for name in ("attention", "peak") if name in options.parts]
     models, rows = (["smoke"], [256]) if options.smoke else (options.models, options.rows)
+    if "decode" in options.parts:
+        for model, row in itertools.product(models, rows):
+            if model in _DECODED and row <= _LONGEST_DECODED:
+                shape = ("--model", model, "--row", str(row), "--memory-gib", memory)
+                found.append(Part(f"decode {model} {row}", ("decode.py", *shape), "jax"))
     for model in models:
         for row in rows:
             shape = ("--model", model, "--row", str(row), "--memory-gib", memory)

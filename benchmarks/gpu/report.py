@@ -16,6 +16,8 @@ FORMULAS = f"""
   bfloat16 matrix product measured in the same call instead.
 - Seconds are the median of five optimizer steps of one row, after one that is not counted; both sides keep weights and
   moments in bfloat16 (ours rounds stochastically), clip gradients by their norm and update with AdamW.
+- A decoding step at batch 64 has to read the layers' and the head's weights and all keys and values of the contexts,
+  once; roofline = those bytes / (the copy measured in the same call), share = roofline / the step's seconds.
 - Attention's rate counts 3.5 x 2 x heads x head_dim x length^2 FLOPs a document, forward and backward pass together.
 """
 
@@ -41,6 +43,9 @@ def markdown(found: Mapping[str, Any]) -> str:
             f"Copy within the device's memory: {peak['copy_tb_per_s']:.2f} TB/s, read and written.",
             "",
         ]
+    decoding = [one for name, some in results.items() if name.startswith("decode ") for one in some]
+    if decoding:
+        lines += ["## Decoding", "", *_decoding(decoding, peak), ""]
     steps = [one for name, some in results.items() if name.startswith("step ") for one in some]
     peers = [one for name, some in results.items() if name.startswith("peer ") for one in some]
     if steps or peers:
@@ -70,6 +75,22 @@ def _attention(found: Iterable[Mapping[str, Any]]) -> Iterable[str]:
     for one in timed:
         row = f"{one['tokens']:,} | {one['documents']} | {one['seconds'] * 1e3:.2f} | {one['tflops']:.0f}"
         yield f"| {one['kernel']} | {row} |"
+
+
+def _decoding(found: Iterable[Mapping[str, Any]], peak: Mapping[str, Any] | None) -> Iterable[str]:
+    yield (
+        "| model | contexts | cache read by | ms a step | tokens/s | GB a step | share of roofline | a row alone | "
+        "first tokens as by XLA |"
+    )
+    yield "|" + "---|" * 9
+    for one in found:
+        total = one["weight_bytes"] + one["cache_bytes"]
+        share = f"{total / (peak['copy_tb_per_s'] * 1e12) / one['seconds']:.1%}" if peak else ""
+        yield (
+            f"| {one['model']} | {one['slots']} x {one['context']:,} | {one['kernel']} | {one['seconds'] * 1e3:.2f} | "
+            f"{one['slots'] / one['seconds']:,.0f} | {total / 1e9:.1f} | {share} | "
+            f"{'says the same' if one['alone_says_the_same'] else 'differs'} | {one['first_tokens_as_xla']:.0%} |"
+        )
 
 
 def _steps(steps: list[dict[str, Any]], peers: list[dict[str, Any]], peak: Mapping[str, Any] | None) -> Iterable[str]:

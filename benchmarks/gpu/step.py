@@ -48,7 +48,7 @@ class _Run:
         optimizer = optim.make(OptimConfig(peak_lr=1e-5, state_dtype="bfloat16"), 1000, template)
         config = StepConfig(remat=case.remat)
         attention = Attention(backend=backends.choose(None, platform), segments=_SEGMENTS)
-        self.state: State = train_step.new_state(_random(template), optimizer, seed=0)
+        self.state: State = train_step.new_state(random_weights(template), optimizer, seed=0)
         batch = self._batch(1)
         started = time.perf_counter()
         step: Any = train_step.make_step(config, attention, self.c, optimizer)
@@ -92,7 +92,7 @@ class _Run:
         return profile_steps.read(folder, seconds)
 
 
-def _random(template: Any) -> Any:
+def random_weights(template: Any) -> Any:
     """Weights in bfloat16, drawn on the device: on the host those of 8B take minutes."""
 
     def one(w: weights.Declared, key: jax.Array) -> jax.Array:

@@ -14,6 +14,7 @@ from jaxdistill.plan.collectives import Collective
 from jaxdistill.plan.hardware import Hardware
 from jaxdistill.sample import cache as kv
 from jaxdistill.sample import programs, transfer
+from jaxdistill.sample.attention import check_kernel
 from jaxdistill.sample.choose import Features
 from jaxdistill.sample.engine import EngineConfig
 from jaxdistill.sharding import spec
@@ -83,9 +84,19 @@ def compile_decoding(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=by_row),
             (rows, jax.ShapeDtypeStruct((slots, request_pages), jnp.int32), jax.ShapeDtypeStruct((slots,), jnp.bool_)),
         )
-        settings = {"c": c, "dtype": dtype, "features": Features(draws=True), "most_steps": config.steps_per_call}
+        check_kernel(config.attention, c.head_dim, config.page_tokens // sizes["context"], config.cache_dtype)
         traced = programs.decode.trace(
-            params, cache, state, tables, keep, jax.ShapeDtypeStruct((), jnp.int32), **settings
+            params,
+            cache,
+            state,
+            tables,
+            keep,
+            jax.ShapeDtypeStruct((), jnp.int32),
+            c=c,
+            dtype=dtype,
+            features=Features(draws=True),
+            most_steps=config.steps_per_call,
+            kernel=config.attention,
         )
         compiled, compile_s = ahead.compile_for(traced, mesh)
         total = ahead.total_bytes(compiled.memory_analysis())

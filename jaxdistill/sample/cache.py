@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxdistill.models import quantized
 from jaxdistill.models.config import Config
-from jaxdistill.sample.attention import ALL, Pages, Seeing, attend, key_dims
+from jaxdistill.sample.attention import ALL, Pages, Seeing, attend, page_dims, page_sizes
 from jaxdistill.sharding import spec
 
 CacheDtype = Literal["compute", "float8", "int8"]
@@ -21,8 +21,9 @@ Cache = tuple[Pages, ...]  # a layer each: one array of all layers would be slic
 
 def _dims(in_8_bits: bool) -> Pages:
     """Letters of one layer's arrays; p, a page's positions, is split: each device along context has some of each."""
+    keys, values = page_dims()
     scales = "PKp" if in_8_bits else None
-    return Pages(keys=key_dims(), values="PKpH", key_scales=scales, value_scales=scales)
+    return Pages(keys=keys, values=values, key_scales=scales, value_scales=scales)
 
 
 def empty(c: Config, pages: int, page_tokens: int, dtype: Any, cache_dtype: CacheDtype = "compute") -> Cache:
@@ -79,7 +80,7 @@ def write_and_attend(
 def _local(
     q: Array, k: Array, v: Array, pages: Pages, tables: Array, positions: Array, live: Array, how: Seeing
 ) -> tuple[Array, Pages]:
-    P, _, share, _ = pages.values.shape
+    (P, *_), (_, share) = pages.values.shape, page_sizes(pages)
     whole = share * jax.lax.axis_size("context")
     first = share * jax.lax.axis_index("context")  # this device's positions of each page
     held = jnp.take_along_axis(tables, jnp.minimum(positions // whole, tables.shape[1] - 1), axis=1)
@@ -93,12 +94,8 @@ def _local(
         new = Pages(keys=of_k[0], values=of_v[0], key_scales=of_k[1], value_scales=of_v[1])
 
     def write(dims: str, kept: Array, x: Array) -> Array:
-        return kept.at[(held, slice(None), *_place(dims, at))].set(x.astype(kept.dtype), mode="drop")
+        index = {"P": held, "p": at}
+        return kept.at[tuple(index.get(letter, slice(None)) for letter in dims)].set(x.astype(kept.dtype), mode="drop")
 
     pages = jax.tree.map(write, _dims(pages.key_scales is not None), pages, new)
     return attend(q, pages, tables, positions, live, how), pages
-
-
-def _place(dims: str, at: Array) -> tuple[Any, ...]:
-    """The index of positions within a page, for the dimensions after P and K."""
-    return tuple(at if letter == "p" else slice(None) for letter in dims[2:])

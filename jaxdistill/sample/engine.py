@@ -17,6 +17,7 @@ from jaxdistill.models.config import Config
 from jaxdistill.models.quantized import MatmulDtype
 from jaxdistill.sample import cache as kv
 from jaxdistill.sample import programs, transfer
+from jaxdistill.sample.attention import Kernel, check_kernel
 from jaxdistill.sample.choose import Logprobs
 from jaxdistill.sample.programs import Drawn, Piece
 from jaxdistill.sample.request import Event, Output, Request
@@ -41,6 +42,7 @@ class EngineConfig:
         "compute"  # that the layers' matrices are stored in: 8 bits are half of bfloat16's bytes
     )
     cache_dtype: kv.CacheDtype = "compute"  # that keys and values are stored in
+    attention: Kernel = "xla"  # what reads the cache: XLA's own programs, or one kernel for GPUs or for TPUs
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -97,6 +99,7 @@ class Engine:
         self.model, self.config, self.positions = model, config, positions
         self.stop_tokens = tuple(stop_tokens)
         self.dtype = jnp.dtype(config.compute_dtype)
+        check_kernel(config.attention, model.head_dim, config.page_tokens // mesh["context"], config.cache_dtype)
         self.params = programs.per_layer(params, model, self.dtype, config.weight_dtype)
         slots = -(-config.slots // shards) * shards
         self.shape = Shape(
@@ -245,6 +248,7 @@ class Engine:
             c=self.model,
             dtype=self.dtype,
             features=features,
+            kernel=self.config.attention,
         )
         members = [self._member(row, sequence, 1) for row, sequence in ending.items()]
         for sequence in ending.values():
@@ -277,6 +281,7 @@ class Engine:
             dtype=self.dtype,
             features=transfer.features(going),
             most_steps=most_steps,
+            kernel=self.config.attention,
         )
         members = [self._member(s.slot, s, min(steps, s.left)) for s in going if s.slot is not None]
         return events, _Call(members, drawn, {}, None)

@@ -14,7 +14,7 @@ from jaxdistill.models import decoder, quantized
 from jaxdistill.models.attention import Scores
 from jaxdistill.models.config import Config
 from jaxdistill.models.quantized import MatmulDtype
-from jaxdistill.sample.attention import Pages, Seeing
+from jaxdistill.sample.attention import Kernel, Pages, Seeing
 from jaxdistill.sample.cache import Cache, write_and_attend
 from jaxdistill.sample.choose import Counts, Features, Logprobs, Parameters, Rows, choose, logprobs
 from jaxdistill.sample.request import TOP_LOGPROBS
@@ -103,6 +103,7 @@ def forward(
     live: Bool[Array, "B T"],
     c: Config,
     dtype: Any,
+    kernel: Kernel = "xla",
 ) -> tuple[Float[Array, "B T D"], Cache]:
     """Hidden states of new tokens after what their pages hold, and the cache with them added.
 
@@ -119,7 +120,7 @@ def forward(
         layers = []
         for i, (w, pages) in enumerate(zip(params.blocks, cache, strict=True)):
             windowed = bool(c.windowed) and c.windowed[i]
-            how = Seeing(scores, c.window if windowed else None)
+            how = Seeing(scores, c.window if windowed else None, kernel)
 
             def attend(q: Array, k: Array, v: Array, pages: Pages = pages, how: Seeing = how) -> tuple[Array, Pages]:
                 return write_and_attend(q, k, v, pages, tables, positions, live, how)
@@ -159,7 +160,7 @@ def _advance(s: Slots, tokens: Int[Array, " B"], features: Features) -> Slots:
     )
 
 
-@functools.partial(jax.jit, static_argnames=("c", "dtype", "features"), donate_argnums=(1, 2))
+@functools.partial(jax.jit, static_argnames=("c", "dtype", "features", "kernel"), donate_argnums=(1, 2))
 def prefill(
     params: decoder.Params,
     cache: Cache,
@@ -170,6 +171,7 @@ def prefill(
     c: Config,
     dtype: Any,
     features: Features,
+    kernel: Kernel = "xla",
 ) -> tuple[Cache, Slots, Drawn, Logprobs | None]:
     """Reads a piece; where it is a context's last, draws the token after it and makes the slot go on from there.
 
@@ -181,7 +183,7 @@ def prefill(
     """
     offsets = jnp.arange(piece.tokens.shape[1])
     positions, live = piece.start[:, None] + offsets, offsets < piece.count[:, None]
-    x, cache = forward(params, cache, piece.tokens, piece.tables, positions, live, c, dtype)
+    x, cache = forward(params, cache, piece.tokens, piece.tables, positions, live, c, dtype, kernel)
     of_targets = None
     if piece.targets is not None:
         of_targets = logprobs(_logits(params, x, c), piece.targets)
@@ -206,7 +208,7 @@ def _enter(state: Slots, slot: Int[Array, " R"], rows: Slots) -> Slots:
     return entered if rows.counts is not None else dataclasses.replace(entered, counts=counts)
 
 
-@functools.partial(jax.jit, static_argnames=("c", "dtype", "features", "most_steps"), donate_argnums=(1, 2))
+@functools.partial(jax.jit, static_argnames=("c", "dtype", "features", "most_steps", "kernel"), donate_argnums=(1, 2))
 def decode(
     params: decoder.Params,
     cache: Cache,
@@ -219,6 +221,7 @@ def decode(
     dtype: Any,
     features: Features,
     most_steps: int,
+    kernel: Kernel = "xla",
 ) -> tuple[Cache, Slots, Drawn]:
     """A token for every active slot, `steps` times; ends early when none is left.
 
@@ -229,7 +232,8 @@ def decode(
 
     def step(carry: tuple[Array, Cache, Slots, Drawn]) -> tuple[Array, Cache, Slots, Drawn]:
         i, cache, s, out = carry
-        x, cache = forward(params, cache, s.token[:, None], tables, s.position[:, None], s.active[:, None], c, dtype)
+        token, position, active = s.token[:, None], s.position[:, None], s.active[:, None]
+        x, cache = forward(params, cache, token, tables, position, active, c, dtype, kernel)
         drawn = _draw(_logits(params, x, c)[:, 0], s, features)
         shown = dataclasses.replace(drawn, tokens=jnp.where(s.active, drawn.tokens, -1))
         out = jax.tree.map(lambda a, new: jax.lax.dynamic_update_index_in_dim(a, new, i, axis=0), out, shown)

@@ -13,6 +13,8 @@ def test_what_a_cpu_can_do(capsys: pytest.CaptureFixture[str]):
     assert any(line.startswith("8 x cpu (cpu), ") and line.endswith("GiB of host memory") for line in lines)
     assert "step.attention splash     not available: splash runs on TPUs, found cpu" in lines
     assert "step.attention blockwise  available, the default here" in lines
+    assert "engine.attention xla      available" in lines
+    assert "engine.attention triton   not available: triton runs on GPUs, found cpu" in lines
     assert "step.matmul_dtype compute available: the compute dtype" in lines
     assert any(
         line.startswith("step.matmul_dtype float8  available: float8, emulated: the numbers are") for line in lines

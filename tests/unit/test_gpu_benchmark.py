@@ -20,17 +20,18 @@ def test_every_part_runs_and_a_second_call_repeats_none(tmp_path: Path):
     first = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert found["skipped"] == {}
-    assert set(found["results"]) == {"attention", "peak", "step smoke 256", "peer smoke 256"}
+    assert set(found["results"]) == {"attention", "peak", "decode smoke 256", "step smoke 256", "peer smoke 256"}
     assert all(one["error"] < 0.01 for one in found["results"]["attention"])
     for name in ("step", "peer"):
         assert [one["documents"] for one in found["results"][f"{name} smoke 256"]] == list(shapes.DOCUMENTS)
         assert all(one["tokens_per_s"] > 0 for one in found["results"][f"{name} smoke 256"])
+    assert [one["alone_says_the_same"] for one in found["results"]["decode smoke 256"]] == [True]
     report = (tmp_path / "gpu.md").read_text()
     assert "| smoke | 2 | 256 | 16 |" in report
     assert "Where a step goes: smoke" in report
     assert report in first.stdout
     second = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert second.stdout.count("measured before") == 4
+    assert second.stdout.count("measured before") == 5
 
 
 def test_a_part_without_its_device_or_its_time_is_skipped_with_the_reason(tmp_path: Path):
@@ -39,7 +40,7 @@ def test_a_part_without_its_device_or_its_time_is_skipped_with_the_reason(tmp_pa
         command = [str(ROOT / "benchmarks" / "gpu.sh"), "--out", str(tmp_path), "--budget-s", budget]
         subprocess.run([*command, "--rows", "8192"], env=environment, capture_output=True, check=True)
         skipped = json.loads((tmp_path / "gpu.json").read_text())["skipped"]
-        assert len(skipped) == 8
+        assert len(skipped) == 9
         assert all(why.endswith(reason) for why in skipped.values())
 
 

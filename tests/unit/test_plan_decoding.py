@@ -53,6 +53,13 @@ def test_a_step_reads_weights_and_live_cache_and_copies_neither():
     assert found.roofline_s < found.step_s
 
 
+@pytest.mark.parametrize("kernel", ["xla", "mosaic"])
+def test_a_cache_of_many_heads_is_written_in_place(kernel: Any):
+    found = compiled(MeshConfig(data=16), attention=kernel)
+    assert found.cache == SLOTS * POSITIONS * POSITION_BYTES // 16
+    assert found.temporaries < 0.2 * found.cache, "no layer's keys or values are copied: they are a quarter"
+
+
 def test_pages_are_split_along_context_and_kept_in_8_bits():
     found = compiled(MeshConfig(data=1, context=4, tensor=4), cache_dtype="int8", weight_dtype="int8")
     scales = 2 * 4 * C.layers * C.kv_heads
@@ -61,6 +68,16 @@ def test_pages_are_split_along_context_and_kept_in_8_bits():
     assert "all-gather" not in {one.kind for one in found.collectives if one.group == 4 and one.dtype != "f32"}, (
         "weights are not gathered"
     )
+
+
+def test_gpus_read_the_cache_where_it_lies():
+    kernels.require("jax_cuda13_plugin")
+    target = hardware.parse("h100")
+    mesh = MeshConfig().build(ahead.devices(target))
+    engine = EngineConfig(slots=SLOTS, cache_tokens=SLOTS * int(LIVE), attention="triton")
+    found = decoding.compile_decoding(C, target, mesh, engine, POSITIONS, LIVE)
+    of_logits = 4 * SLOTS * C.vocab
+    assert found.temporaries < 2 * of_logits, "no page is copied"
 
 
 def recipe(folder: Path, **changes: Any) -> PlanConfig:
