@@ -104,13 +104,17 @@ class Config:
             seen = seen + sum(self.windowed) * (short - attended)
         return 2.0 * self.heads * self.head_dim * seen
 
-    def flops_per_token(self, attended: Any) -> Any:
+    def flops_per_token(self, attended: Any, *, trains_all: bool = True) -> Any:
         """Training FLOPs of one token that sits in a document of `attended` tokens.
 
         6 x matmul weights (head included, embedding lookup not) + 6 x layers x heads x head_dim x document length:
         the causal half of 12 x layers x heads x head_dim x length. A number for a number, an array for an array.
+
+        Args:
+          trains_all: False where adapters are trained in place of these weights: 4 x, without the weights' gradients;
+            the adapters' own products are not counted.
         """
-        return 6.0 * sum(self.matmul_weights) + 3 * self.forward_attention_flops(attended)
+        return (6.0 if trains_all else 4.0) * sum(self.matmul_weights) + 3 * self.forward_attention_flops(attended)
 
 
 def read_config(hf: Mapping[str, Any], unsupported: Mapping[str, Any], rope: Rope | None = None) -> Config:

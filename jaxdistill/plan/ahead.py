@@ -16,13 +16,13 @@ from jaxdistill import optim, sharding
 from jaxdistill.data import packing
 from jaxdistill.data.packing import Batch
 from jaxdistill.errors import UserError
-from jaxdistill.models import decoder
 from jaxdistill.models.config import Config
 from jaxdistill.plan import collectives, cuda
 from jaxdistill.plan.collectives import Collective
 from jaxdistill.plan.hardware import Hardware
 from jaxdistill.train.config import TrainConfig, check_fits
 from jaxdistill.train.step import State, abstract_state, make_step
+from jaxdistill.train.trained import Trained
 
 _TOO_LARGE = re.compile(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm")
 
@@ -31,7 +31,8 @@ _TOO_LARGE = re.compile(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm")
 class Memory:
     """Bytes on one device; what falls to each kind, and the most that are held at once."""
 
-    weights: int
+    weights: int  # those that are trained
+    frozen: int  # weights that stay, where adapters are trained
     optimizer: int  # moments, and the average of the weights
     saved: int  # by the forward pass for the backward pass, of all layers
     temporaries: int  # all else that exists while the step runs: gradients, gathered weights, workspace
@@ -40,7 +41,7 @@ class Memory:
     @property
     def total(self) -> int:
         """On the device."""
-        return self.weights + self.optimizer + self.saved + self.temporaries
+        return self.weights + self.frozen + self.optimizer + self.saved + self.temporaries
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,26 +96,25 @@ def compile_step(config: TrainConfig, c: Config, mesh: jax.sharding.Mesh, docume
       UserError: the mesh does not split the rows or the model evenly, or attention has no backend there.
       DoesNotFitError: the compiler ran out of a device's memory.
     """
-    if config.lora.rank:
-        raise UserError(f"lora.rank is {config.lora.rank}; plan knows runs that train all weights (lora.rank 0)")
     device = mesh.devices.flat[0]
     attention = check_fits(config, c, dict(mesh.shape), device)
     if documents:
         attention = dataclasses.replace(attention, segments=documents)
     with jax.set_mesh(mesh):
-        template, phase = decoder.template(c), config.phases[0].optim
-        optimizer = optim.make(phase, config.phases[0].steps or 1000, template)
+        trained, phase = Trained(config, c), config.phases[0].optim
+        optimizer = optim.make(phase, config.phases[0].steps or 1000, trained.template)
         dtype, average = jnp.dtype(phase.state_dtype), phase.average_decay > 0
         on_host, bad = config.step.offload_moments, config.bad_steps
-        state = abstract_state(template, optimizer, dtype, average, on_host, bad.spike is not None)
-        step: Any = make_step(config.step, attention, c, optimizer, phase.average_decay, bad=bad)
+        state = abstract_state(trained.template, optimizer, dtype, average, on_host, bad.spike is not None)
+        step: Any = make_step(config.step, attention, c, optimizer, phase.average_decay, trained.lora, bad)
         if device.platform == "gpu" and on_host:
             step = cuda.with_moments_on_host(step)
-        traced = step.trace(state, _batch(config))
+        frozen = trained.abstract_frozen()
+        traced = step.trace(state, _batch(config), *frozen)
         compiled, seconds = compile_for(traced, mesh)
         saved = saved_bytes(traced.jaxpr.jaxpr, c.layers)
         return Compiled(
-            memory=_memory(state, compiled.memory_analysis(), saved, on_host),
+            memory=_memory(state, frozen, compiled.memory_analysis(), saved, on_host),
             collectives=collectives.read(compiled.as_text()),
             compile_s=seconds,
         )
@@ -149,18 +149,20 @@ def _needed(message: str) -> float | None:
     return float(found[1]) * 2.0 ** (10 * ("KMGT".index(found[2]) + 1)) if found else None
 
 
-def _memory(state: State, analysis: Any, saved: tuple[int, int], moments_on_host: bool) -> Memory:
+def _memory(state: State, frozen: Any, analysis: Any, saved: tuple[int, int], moments_on_host: bool) -> Memory:
     def held(tree: Any) -> int:
         return sum(device_bytes(x, x.sharding.spec) for x in jax.tree.leaves(tree))
 
     total = total_bytes(analysis)
     on_device, on_host = saved
-    of_weights, of_optimizer = held(state.params), held((None if moments_on_host else state.opt_state, state.average))
+    of_weights, of_frozen = held(state.params), held(frozen)
+    of_optimizer = held((None if moments_on_host else state.opt_state, state.average))
     return Memory(
         weights=of_weights,
+        frozen=of_frozen,
         optimizer=of_optimizer,
         saved=on_device,
-        temporaries=total - of_weights - of_optimizer - on_device,
+        temporaries=total - of_weights - of_frozen - of_optimizer - on_device,
         host=max(on_host, analysis.host_temp_size_in_bytes) + analysis.host_argument_size_in_bytes,
     )
 

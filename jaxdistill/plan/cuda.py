@@ -73,7 +73,7 @@ def with_moments_on_host(step: Any) -> Any:
     def to_host(x: Any) -> Any:
         return jax.device_put(x, jax.memory.Space.Host) if x.ndim else x
 
-    def moved(state: State, batch: Batch) -> Any:
-        return step(dataclasses.replace(state, opt_state=jax.tree.map(to_host, state.opt_state)), batch)
+    def moved(state: State, batch: Batch, *frozen: Any) -> Any:
+        return step(dataclasses.replace(state, opt_state=jax.tree.map(to_host, state.opt_state)), batch, *frozen)
 
     return jax.jit(moved, donate_argnums=0)

@@ -11,7 +11,7 @@ from jaxdistill.errors import UserError
 from jaxdistill.train.config import TrainConfig
 
 _FIRST = 2  # rows of each phase left out: the first step's time has its compilation, and the next may wait for it
-_SAME = ("row_tokens", "batch_rows", "mesh", "step")  # of both configurations, for a step to be the same work
+_SAME = ("row_tokens", "batch_rows", "mesh", "step", "lora")  # of both configurations, for a step to be the same work
 
 
 @dataclasses.dataclass(frozen=True)

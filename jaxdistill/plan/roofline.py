@@ -90,7 +90,8 @@ class Estimate:
 
 FORMULA = (
     "matmul_s = tokens x (6 + 2 if recomputed) x matmul weights / (chips x peak x share), where all but 2 of the "
-    "layers' 6 or 8 have the peak of step.matmul_dtype; MFU counts against the peak of bfloat16; "
+    "layers' 6 or 8 have the peak of step.matmul_dtype, and of weights beside adapters 2 are left out, by MFU too, "
+    "which counts against the peak of bfloat16; "
     "attention_s = tokens x (7 + 2 if recomputed) x layers x heads x head_dim x document length / (chips x peak x "
     "share); memory_s = (2 x state + gradients + activations read and written) / (bandwidth x share); wire_s = ring "
     "bytes of every collective / (bandwidth of its links x share); host_s = what is kept on the host, there and back / "
@@ -109,21 +110,25 @@ def estimate(
     wire: Iterable[Collective],
     matmul_dtype: MatmulDtype = "compute",
     host_bytes: float = 0.0,
+    *,
+    trains_all: bool = True,
 ) -> Estimate:
     """The step of a run on this hardware.
 
     Args:
       tokens: positions of all rows in a step.
       document_tokens: length of the document that a token sits in, averaged over tokens.
-      state_bytes: of weights and optimizer on one device.
+      state_bytes: of what is trained and its optimizer on one device.
       host_bytes: between one device and its host in a step, both ways together.
+      trains_all: False where adapters are trained beside the model's weights, which then have no gradients.
     """
     chip, share = hardware.chip, EFFICIENCY[hardware.chip.platform]
     again, attention_again = RECOMPUTED[remat]
     peak = hardware.chips * chip.bf16_flops
     layers, head = c.matmul_weights
     # The gradient of the layers' weights is not multiplied in 8 bits, nor is anything of the head
-    matmul = tokens * (2 * layers + 6 * head), tokens * (4 + 2 * again) * layers
+    of_gradients = 2 * trains_all
+    matmul = tokens * (of_gradients * (layers + head) + 4 * head), tokens * (4 + 2 * again) * layers
     speedup = chip.flops(matmul_dtype) / chip.bf16_flops
     attention = tokens * c.forward_attention_flops(document_tokens) * (1 + _BACKWARD_ATTENTION + attention_again)
     per_device = tokens / (hardware.devices / mesh["tensor"])
@@ -142,7 +147,7 @@ def estimate(
         wire_s=sum((s.wire_bytes / (wire_bandwidth(hardware, mesh, s.group) * share.wire) for s in wire), 0.0),
         host_s=host_bytes / (chip.host_bandwidth / chip.devices),
         tokens=tokens,
-        model_flops=tokens * c.flops_per_token(document_tokens),
+        model_flops=tokens * c.flops_per_token(document_tokens, trains_all=trains_all),
         peak_flops=peak,
     )
 
@@ -183,6 +188,7 @@ def expected_collectives(
     matmul_dtype: MatmulDtype = "compute",
     *,
     scatters_over_all: bool = True,
+    trains_all: bool = True,
 ) -> list[Collective]:
     """What a step should send by the design of the sharding, for ranking meshes before any is compiled.
 
@@ -193,6 +199,7 @@ def expected_collectives(
     over tensor, which splits them, so are the router's scores, and the gradients of the shares of experts are reduced.
 
     Args:
+      trains_all: False where adapters are trained: no gradients of the weights come back.
       scatters_over_all: False where gradients are reduced whole in a group of all devices (`sharding.reduced_whole`).
     """
     fsdp, context, tensor = mesh["fsdp"], mesh["context"], mesh["tensor"]
@@ -205,10 +212,12 @@ def expected_collectives(
             found.append(Collective("all-gather", (weights - 2 * in_8_bits) // share, group, "bf16", 2))
             if in_8_bits:
                 found.append(Collective("all-gather", in_8_bits // share, group, matmul_dtype, 2))
+            if not trains_all:
+                continue
             whole = group == math.prod(mesh.values()) and not scatters_over_all
             kind = "all-reduce" if whole else "reduce-scatter"
             found.append(Collective(kind, weights // share, group, "bf16", 1))
-    if mesh["data"] > 1:
+    if mesh["data"] > 1 and trains_all:
         found.append(Collective("all-reduce", weights // (fsdp * context), mesh["data"], "bf16", 1))
     if tensor > 1:
         x = local // context * c.embed * 2

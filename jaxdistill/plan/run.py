@@ -12,7 +12,7 @@ from rich.table import Table
 from jaxdistill import manifest, sharding, sources
 from jaxdistill.data import chat, loader
 from jaxdistill.errors import RunError, UserError
-from jaxdistill.models import decoder, quantized
+from jaxdistill.models import quantized
 from jaxdistill.models.config import Config
 from jaxdistill.plan import ahead, decoding, hardware, measured, roofline, search
 from jaxdistill.plan.collectives import Collective
@@ -21,6 +21,7 @@ from jaxdistill.plan.measured import Measured
 from jaxdistill.plan.search import OptimizerState
 from jaxdistill.sample.engine import EngineConfig
 from jaxdistill.train.config import TrainConfig, read_architecture
+from jaxdistill.train.trained import Trained
 
 _GIB = 2**30
 _LARGE_REDUCE = 8 * 2**20  # bytes: an all-reduce above this outside tensor parallelism should be a reduce-scatter
@@ -91,7 +92,7 @@ def main(config: PlanConfig) -> list[Plan]:
     train = config.train
     base, c = read_architecture(train)
     console.print(f"{target}: {target.devices} devices of {target.device_memory / _GIB:.1f} GiB")
-    console.print(f"model: {decoder.size(c)}")
+    console.print(f"model: {Trained(train, c)}")
     devices: Any = ahead.devices(target)
     if config.decode:
         return _plan_decoding(config, c, target, devices, console)
@@ -210,6 +211,7 @@ def _plan(
         step.collectives,
         way.step.matmul_dtype,
         search.host_bytes(c, way, sizes),
+        trains_all=not way.lora.rank,
     )
     limit, host_limit = search.USABLE * target.device_memory, target.device_host_memory
     problem = ""

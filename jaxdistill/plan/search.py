@@ -18,6 +18,7 @@ from jaxdistill.plan.hardware import Hardware
 from jaxdistill.sharding import MeshConfig
 from jaxdistill.train.config import TrainConfig, check_fits
 from jaxdistill.train.step import StepConfig
+from jaxdistill.train.trained import Trained
 
 USABLE = 0.92  # of a device's memory: the rest goes to the runtime and to fragments
 _MAX_TENSOR, _MAX_CONTEXT = 8, 16  # beyond these the wire is all that a step waits for
@@ -115,11 +116,12 @@ def of(
     chip = hardware.chip
     scatters = chip.platform != "tpu" or sharding.scatters_over_all(chip.name)
     how_sent = step.remat, tokens // pieces, step.matmul_dtype
-    sent = roofline.expected_collectives(c, sizes, *how_sent, scatters_over_all=scatters)
+    trains_all = not config.lora.rank
+    sent = roofline.expected_collectives(c, sizes, *how_sent, scatters_over_all=scatters, trains_all=trains_all)
     repeated = [dataclasses.replace(collective, times=collective.times * pieces) for collective in sent]
-    state = _state_bytes(c, config) / (sizes["fsdp"] * sizes["context"] * sizes["tensor"])
+    state = _state_bytes(_counts(c, config)[0], config) / (sizes["fsdp"] * sizes["context"] * sizes["tensor"])
     how = step.remat, tokens, document_tokens, state, repeated, step.matmul_dtype, host_bytes(c, config, sizes)
-    return roofline.estimate(c, hardware, sizes, *how)
+    return roofline.estimate(c, hardware, sizes, *how, trains_all=trains_all)
 
 
 def _meshes(config: TrainConfig, c: Config, devices: int, device: Any) -> Iterator[tuple[dict[str, int], StepConfig]]:
@@ -147,7 +149,7 @@ def host_bytes(c: Config, config: TrainConfig, sizes: Mapping[str, int]) -> floa
     if config.step.offload_moments:
         shards = sizes["fsdp"] * sizes["context"] * sizes["tensor"]
         itemsize = jnp.dtype(config.phases[0].optim.state_dtype).itemsize
-        moved += 2 * 2 * itemsize * weights.count(decoder.template(c)) / shards
+        moved += 2 * 2 * itemsize * _counts(c, config)[0] / shards
     inputs = c.embed  # of a layer
     kept = {"offload_inputs": inputs, "offload": inputs + c.heads * c.head_dim / sizes["tensor"]}
     positions = config.batch_rows * config.row_tokens / (sizes["data"] * sizes["fsdp"] * sizes["context"])
@@ -155,18 +157,25 @@ def host_bytes(c: Config, config: TrainConfig, sizes: Mapping[str, int]) -> floa
     return moved
 
 
-def _state_bytes(c: Config, config: TrainConfig) -> float:
-    """Weights and both of Adam's moments, those that are on the devices."""
+def _counts(c: Config, config: TrainConfig) -> tuple[int, int]:
+    """Weights that are trained, and those that stay beside adapters."""
+    trained = weights.count(Trained(config, c).template)
+    return trained, weights.count(decoder.template(c)) if config.lora.rank else 0
+
+
+def _state_bytes(trained: int, config: TrainConfig) -> float:
+    """Of trained weights and both of Adam's moments, those that are on the devices."""
     copies = 1 if config.step.offload_moments else 3
-    return float(copies * jnp.dtype(config.phases[0].optim.state_dtype).itemsize * weights.count(decoder.template(c)))
+    return float(copies * jnp.dtype(config.phases[0].optim.state_dtype).itemsize * trained)
 
 
 def _expected_bytes(c: Config, config: TrainConfig, sizes: dict[str, int]) -> float:
     """Of one device: state and gradients, what is saved of each layer, and a layer's weights gathered twice."""
     shards = sizes["fsdp"] * sizes["context"] * sizes["tensor"]
     positions = config.row_tokens // sizes["context"]
-    gradients = 4 * weights.count(decoder.template(c))
-    state = (_state_bytes(c, config) + gradients) / shards
+    trained, frozen = _counts(c, config)
+    gradients, kept = 4 * trained, jnp.dtype(config.step.compute_dtype).itemsize * frozen
+    state = (_state_bytes(trained, config) + gradients + kept) / shards
     saved = c.layers * positions * c.embed * 2 * _SAVED_WIDTHS[config.step.remat]
     gathered = 2 * 2 * max(c.stored_matmul_weights[0] / c.layers, c.stored_matmul_weights[1]) / sizes["tensor"]
     return state + saved + gathered

@@ -36,6 +36,10 @@ class Trained:
         if self.lora:
             self.frozen = (load_model(model, dtype=jnp.dtype(self._config.step.compute_dtype))[0],)
 
+    def abstract_frozen(self) -> tuple[Any, ...]:
+        """What `frozen` is once read, without data."""
+        return (weights.abstract(self._model, jnp.dtype(self._config.step.compute_dtype)),) if self.lora else ()
+
     def first(self, model: Path, dtype: Any) -> Any:
         """The trained weights before the first step of a phase that starts from a model."""
         if not self.lora:
@@ -62,7 +66,7 @@ class Trained:
 
     def flops_per_token(self, attended: Any) -> Any:
         """As the architecture says, without the gradients of weights that stay."""
-        return self.c.flops_per_token(attended) - (2.0 * sum(self.c.matmul_weights) if self.lora else 0.0)
+        return self.c.flops_per_token(attended, trains_all=not self.lora)
 
     def __str__(self) -> str:
         added = f" and {weights.count(self.template):,} of adapters, which are trained" if self.lora else ""

@@ -23,7 +23,6 @@ from jaxdistill.models import decoder
 from jaxdistill.models import lora as models_lora
 from jaxdistill.models.context import ContextExtension
 from jaxdistill.models.lora import LoraConfig
-from jaxdistill.plan import ahead
 from jaxdistill.sharding import MeshConfig
 from jaxdistill.train import run as train
 from jaxdistill.train.config import Phase, TrainConfig
@@ -199,11 +198,6 @@ def test_the_merged_model_is_exported_tensor_by_tensor(trained: TrainConfig, mod
             load_model(trained.workdir / "sft")
     finally:
         moved.rename(model)
-
-
-def test_plan_says_what_it_does_not_know(trained: TrainConfig):
-    with pytest.raises(UserError, match="plan knows runs that train all weights"):
-        ahead.compile_step(trained, C, trained.mesh.build())
 
 
 # --- PEFT ------------------------------------------------------------------------------------------------------------

@@ -12,12 +12,14 @@ import tiny
 from jaxdistill import weights
 from jaxdistill.models import decoder
 from jaxdistill.models.config import Config
+from jaxdistill.models.lora import LoraConfig
 from jaxdistill.plan import ahead, hardware
 from jaxdistill.plan.ahead import Compiled
 from jaxdistill.plan.collectives import KINDS
 from jaxdistill.sharding import MeshConfig
 from jaxdistill.train.bad_steps import BadStepsConfig
 from jaxdistill.train.config import TrainConfig
+from jaxdistill.train.trained import Trained
 
 T = 32_768
 GIB, MIB = 2**30, 2**20
@@ -105,3 +107,27 @@ def test_weights_are_gathered_by_layer_and_gradients_scattered(found: Found):
         assert sum(one.payload_bytes == pytest.approx(mlp, rel=0.05) for one in over_fsdp) == 3 * passes, kind
     gathered = [one for one in sent["all-gather"] if one.dtype == "f32"]
     assert sum(one.times * one.payload_bytes for one in gathered) < 8 * MIB, "weights travel in bfloat16"
+
+
+def test_adapters_are_planned_as_they_are_trained():
+    """Weights that stay are held in the compute dtype, without gradients or moments."""
+    kernels.require("libtpu")
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 2, "vocab_size": 8192}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 128}
+    c = tiny.config("qwen2", **sizes, **heads, max_position_embeddings=4096)
+    mesh = MeshConfig(fsdp=4, tensor=4)
+    recipe: dict[str, Any] = {
+        "workdir": Path("run"),
+        "model": Path("model"),
+        "row_tokens": 4096,
+        "batch_rows": 4,
+        "mesh": mesh,
+    }
+    config = TrainConfig(**recipe, lora=LoraConfig(rank=16))
+    found = ahead.compile_step(config, c, mesh.build(ahead.devices(hardware.parse("v5e:4x4"))))
+    model, adapters = (weights.count(template) for template in (decoder.template(c), Trained(config, c).template))
+    assert found.memory.frozen == pytest.approx(2 * model / 16, rel=0.01), "norms and biases are whole"
+    assert found.memory.weights == 4 * adapters / 4, "one of an adapter's matrices over fsdp, the other over tensor"
+    assert found.memory.optimizer == pytest.approx(2 * found.memory.weights, rel=1e-3)
+    scattered = [one.times * one.payload_bytes for one in found.collectives if one.kind == "reduce-scatter"]
+    assert sum(scattered) < 0.01 * 2 * model, "no gradients of the weights that stay"

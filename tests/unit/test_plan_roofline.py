@@ -40,7 +40,7 @@ def estimate(
     remat: Remat = "none",
     wire: tuple[Collective, ...] = (),
     matmul_dtype: MatmulDtype = "compute",
-    **changes: float,
+    **changes: Any,
 ) -> Estimate:
     values: dict[str, Any] = {"tokens": 2**20, "document_tokens": 32_768.0, "state_bytes": 0.0} | changes
     target = hardware.parse(name)
@@ -50,10 +50,12 @@ def estimate(
 
 def test_flops_are_those_that_mfu_counts():
     """At full efficiency, with nothing but matrix products and attention's own backward pass, MFU would be one."""
-    found, c = estimate("v5p:4x4x4"), model()
-    share = roofline.EFFICIENCY["tpu"]
-    spent = found.matmul_s * share.matmul + found.attention_s * share.attention * 6 / 7
-    assert spent * found.peak_flops == pytest.approx(2**20 * c.flops_per_token(32_768))
+    c, share = model(), roofline.EFFICIENCY["tpu"]
+    for trains_all in (True, False):
+        found = estimate("v5p:4x4x4", trains_all=trains_all)
+        spent = found.matmul_s * share.matmul + found.attention_s * share.attention * 6 / 7
+        assert spent * found.peak_flops == pytest.approx(2**20 * c.flops_per_token(32_768, trains_all=trains_all))
+    assert c.flops_per_token(0, trains_all=False) == pytest.approx(4 * 7.07e9, rel=0.01), "no gradients of weights"
     assert c.flops_per_token(0) == pytest.approx(6 * (7.07e9), rel=0.01)  # Qwen2.5-7B without its embedding lookup
 
 

@@ -8,8 +8,11 @@ import jax
 import pytest
 import tiny
 
+from jaxdistill import weights
 from jaxdistill.errors import UserError
+from jaxdistill.models import decoder, lora
 from jaxdistill.models.config import Config
+from jaxdistill.models.lora import LoraConfig
 from jaxdistill.plan import hardware, search
 from jaxdistill.plan.run import PlanConfig
 from jaxdistill.plan.search import Candidate, OptimizerState
@@ -78,6 +81,15 @@ def test_the_recipes_own_state_is_the_only_one_by_default():
     optim = dataclasses.replace(recipe().phases[0].optim, state_dtype="bfloat16")
     config = recipe(phases=(dataclasses.replace(recipe().phases[0], optim=optim),))
     assert {state_of(way) for way in candidates(config)} == {"bfloat16"}
+
+
+def test_adapters_need_no_gradients_or_moments_of_the_weights_that_stay():
+    config = recipe(lora=LoraConfig(rank=16))
+    assert max(way.sizes["data"] for way in candidates(config)) > 1, "14 GiB of weights: more than one copy fits"
+    offloading = dataclasses.replace(config, step=dataclasses.replace(config.step, offload_moments=True))
+    sizes = {"data": 1, "fsdp": 4, "context": 4, "tensor": 1}
+    adapters = weights.count(lora.template(config.lora, decoder.template(model())))
+    assert search.host_bytes(model(), offloading, sizes) == 2 * 2 * 4 * adapters / 16
 
 
 def test_moments_cross_to_the_host_and_back():
