@@ -48,11 +48,14 @@ QWEN3_8B = {
 }
 
 
+DTYPE = ml_dtypes.bfloat16
+
+
 class Random:
     """Tensors of bfloat16 numbers that their names decide: about 0.01 to 0.03 large, of either sign."""
 
     def __init__(self, template: decoder.Params):
-        self._shapes = Stacked(template, lambda leaf, index: np.zeros(0)).shapes()
+        self.template, self._shapes = template, Stacked(template, lambda leaf, index: np.zeros(0)).shapes()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor."""
@@ -63,7 +66,7 @@ class Random:
         bits = np.random.default_rng(zlib.crc32(name.encode())).integers(0, 2**16, shape, np.uint16)
         bits &= 0x80FF  # the sign, and one bit of the exponent
         bits |= 0x3C00
-        return bits.view(ml_dtypes.bfloat16)
+        return bits.view(DTYPE)
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """A part of a tensor."""
@@ -93,14 +96,20 @@ def _peak(pid: int) -> int:
     return 1024 * int(lines[0].split()[1]) if lines else 0
 
 
+def write_model(folder: Path, values: dict[str, Any]) -> Random:
+    """A Hugging Face folder of a random Qwen3 of that config.json, with a tokenizer; returns its tensors."""
+    random = Random(decoder.template(family("qwen3").config(values)))
+    hf.write(folder, random, values)
+    with tempfile.TemporaryDirectory() as of_tokenizer:
+        student.write(Path(of_tokenizer), ["What is 6 * 7?"] * 100, seed=0)
+        hf.copy_companions(Path(of_tokenizer), folder)
+    return random
+
+
 def convert(folder: Path, values: dict[str, Any], limit_bytes: int) -> dict[str, Any]:
     """Both ways, below `folder`; what is no longer needed is removed on the way."""
-    template = decoder.template(family("qwen3").config(values))
-    random = Random(template)
-    student.write(folder / "student", ["What is 6 * 7?"] * 100, seed=0)  # for its tokenizer
     source, imported, exported = (folder / name for name in ("source", "imported", "exported"))
-    hf.write(source, random, values)
-    hf.copy_companions(folder / "student", source)
+    random = write_model(source, values)
     size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     largest = 2 * max(int(np.prod(shape)) for shape in random.shapes().values())
     inward = limited(["import", "--model", str(source), "--workdir", str(imported)], limit_bytes)
@@ -108,7 +117,7 @@ def convert(folder: Path, values: dict[str, Any], limit_bytes: int) -> dict[str,
     outward = limited(["export", "--model", str(imported), "--workdir", str(exported)], limit_bytes)
     check = [line for line in (exported / "README.md").read_text().splitlines() if line.startswith("Check of")]
     with Tensors(exported) as tensors:
-        wrong = differing(tensors, random, template, ml_dtypes.bfloat16)
+        wrong = differing(tensors, random, random.template, DTYPE)
     if wrong:
         raise SystemExit(f"these tensors are not what they were: {', '.join(wrong)}")
     return {"size": size, "largest": largest, "import": inward, "export": outward, "check": check[0]}

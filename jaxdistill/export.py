@@ -29,6 +29,7 @@ class ExportConfig:
     step: int | None = None  # checkpoint of the phase; the newest by default
     adapters: bool = False  # those of a phase with lora.rank alone, in PEFT's format; by default they are merged
     dtype: str | None = None  # of the tensors, "float32" or "bfloat16"; by default as in the model trained from
+    max_shard_gb: float = hf.SHARD_BYTES / 1e9  # of a file of weights; one such file is held in memory at a time
     verify: bool = True  # reload it and compare: every tensor, logits, and greedy text where the model fits in memory
     verify_tokens: int = 256  # of the logits check, spread over its positions
     verify_positions: int = 8192  # of the logits check, or as many as the model has
@@ -36,6 +37,10 @@ class ExportConfig:
     public: bool = False  # let everyone see it there; private by default
     dry_run: bool = False  # of the upload: list its files alone
     mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self):
+        if self.max_shard_gb <= 0:
+            raise UserError(f"max_shard_gb is {self.max_shard_gb}; expected a positive number of gigabytes")
 
 
 def main(config: ExportConfig) -> float | None:
@@ -70,7 +75,7 @@ def _export(config: ExportConfig) -> float | None:
     with jax.set_mesh(config.mesh.build()), open_model(model, config.step) as (tensors, c):
         # Before the first file: an export that is cut off may be repeated, and is not taken for a verified one
         manifest.write_manifest(folder, "export", inputs, {}, verified=False, **facts)
-        hf.write(folder, tensors, hf.read_config(base_of(model))[1], config.dtype)
+        hf.write(folder, tensors, hf.read_config(base_of(model))[1], config.dtype, round(config.max_shard_gb * 1e9))
         hf.copy_companions(base_of(model), folder)
         hf.write_end_tokens(folder, chat.end_tokens(chat.load_tokenizer(folder), folder))
         seen = None

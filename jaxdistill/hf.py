@@ -20,7 +20,7 @@ from jaxdistill.hf_tensors import INDEX, Source, Stacked, Tensors, check, homes,
 from jaxdistill.models import decoder
 from jaxdistill.models.config import Config, write_rope
 
-_SHARD_BYTES = 2 * 1000**3
+SHARD_BYTES = 2 * 1000**3  # of a file of weights: what is held at once while a folder is written
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
 
 
@@ -93,23 +93,32 @@ def _one_layer(stacked: jax.Array, i: Int[jax.Array, ""]) -> jax.Array:
     return stacked.at[i].get(out_sharding=jax.P())
 
 
-def save(folder: Path, params: decoder.Params, hf: Mapping[str, Any], dtype: str | None = None) -> None:
+def save(
+    folder: Path,
+    params: decoder.Params,
+    hf: Mapping[str, Any],
+    dtype: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
     """As `write`, of a model that is on the devices; one tensor is on the host at a time."""
     template, leaves = decoder.template(models.family(str(hf.get("model_type"))).config(hf)), jax.tree.leaves(params)
 
     def read(leaf: int, index: Any) -> np.ndarray:
         return np.asarray(sharding.replicate(leaves[leaf]) if index is ... else _one_layer(leaves[leaf], index))
 
-    write(folder, Stacked(template, read), hf, dtype)
+    write(folder, Stacked(template, read), hf, dtype, shard_bytes)
 
 
-def write(folder: Path, tensors: Source, hf: Mapping[str, Any], dtype: str | None = None) -> None:
+def write(
+    folder: Path, tensors: Source, hf: Mapping[str, Any], dtype: str | None = None, shard_bytes: int = SHARD_BYTES
+) -> None:
     """Writes config.json and the weights of a model, file by file; `copy_companions` adds the tokenizer.
 
     Args:
       tensors: those that the model needs, and perhaps others.
       hf: config.json of the model trained from; RoPE is written in both schemas whatever this one has.
       dtype: "float32" or "bfloat16" of the tensors on disk; by default that of the config.
+      shard_bytes: of a file at most, or one tensor's.
 
     Raises:
       UserError: the dtype is neither.
@@ -120,14 +129,15 @@ def write(folder: Path, tensors: Source, hf: Mapping[str, Any], dtype: str | Non
     folder.mkdir(parents=True, exist_ok=True)
     family = models.family(str(hf.get("model_type")))
     template = decoder.template(family.config(hf))
-    _write_shards(folder, ((name, tensors[name].astype(DTYPES[dtype], copy=False)) for name in parts(template)))
+    converted = ((name, tensors[name].astype(DTYPES[dtype], copy=False)) for name in parts(template))
+    _write_shards(folder, converted, shard_bytes)
     spelled = getattr(family, "write_config", write_rope)(hf)  # some families spell more in two ways
     written = {**spelled, "dtype": dtype, "torch_dtype": dtype}
     (folder / "config.json").write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _write_shards(folder: Path, tensors: Iterator[tuple[str, np.ndarray]]) -> None:
-    """Writes safetensors files of at most about 2 GB, with an index where there are several.
+def _write_shards(folder: Path, tensors: Iterator[tuple[str, np.ndarray]], shard_bytes: int) -> None:
+    """Writes safetensors files of at most so many bytes of tensors, with an index where there are several.
 
     Weights that are already there are replaced only when all of the new ones are on disk.
     """
@@ -144,7 +154,7 @@ def _write_shards(folder: Path, tensors: Iterator[tuple[str, np.ndarray]]) -> No
         shards[0] = {}
 
     for name, values in tensors:
-        if held and held + values.nbytes > _SHARD_BYTES:
+        if held and held + values.nbytes > shard_bytes:
             flush()
             held = 0
         shards[0][name] = values

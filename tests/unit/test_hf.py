@@ -92,17 +92,14 @@ def test_half_precision_files_are_read_and_written_exactly(folder: Path, tmp_pat
 
 
 @pytest.mark.parametrize(("before", "after"), [(10_000, 10**9), (10**9, 10_000), (10_000, 30_000)])
-def test_export_replaces_an_older_one(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: int, after: int
-):
+def test_export_replaces_an_older_one(folder: Path, tmp_path: Path, before: int, after: int):
     """An index that is left behind would hide the new weights; so would files that no index names."""
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "model-00009.partial").write_text("of an export that was cut off")
     with tiny.mesh():
         old, new = tiny.put(tiny.values(C, seed=1), C), tiny.put(tiny.values(C, seed=2), C)
         for params, size in ((old, before), (new, after)):
-            monkeypatch.setattr(hf, "_SHARD_BYTES", size)
-            hf.save(tmp_path / "export", params, HF)
+            hf.save(tmp_path / "export", params, HF, shard_bytes=size)
     jax.tree.map(np.testing.assert_array_equal, load(tmp_path / "export"), jax.device_get(new))
     files = {path.name for path in (tmp_path / "export").glob("model*")}
     if after == 10**9:
@@ -260,23 +257,20 @@ def test_rope_is_written_in_both_schemas_from_either(rope: str):
     assert written["rope_theta"] == theta
 
 
-def test_the_host_holds_little_more_than_one_tensor_and_the_files_being_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_the_host_holds_little_more_than_one_tensor_and_the_files_being_written(tmp_path: Path):
     """Of host arrays: on a CPU the model itself is in host memory too, and elsewhere in that of the devices."""
     layers = 32
     values = tiny.hf_config("qwen2", num_hidden_layers=layers, hidden_size=64, intermediate_size=2048)
     c = tiny.config("qwen2", num_hidden_layers=layers, hidden_size=64, intermediate_size=2048)
     source = tiny.write_folder(tmp_path / "source", values, tiny.values(c), c, with_tokenizer=False)
-    largest = 4 * max(np.prod(shape) for shape in hf.Tensors(source).shapes().values())
-    monkeypatch.setattr(hf, "_SHARD_BYTES", 4 * largest)
+    largest = 4 * max(int(np.prod(shape)) for shape in hf.Tensors(source).shapes().values())
     with tiny.mesh():
         params, _ = hf.load(source)  # compiles
-        hf.save(tmp_path / "copy", params, values)
+        hf.save(tmp_path / "copy", params, values, shard_bytes=4 * largest)
         held = {}
         for name, call in {
             "load": lambda: hf.load(source),
-            "save": lambda: hf.save(tmp_path / "copy", params, values),
+            "save": lambda: hf.save(tmp_path / "copy", params, values, shard_bytes=4 * largest),
         }.items():
             tracemalloc.start()
             call()
