@@ -8,8 +8,8 @@ byte. Packing is computed and kept, as a first start does. Then new processes st
 file, maps the parts, reads the packing, deals the epoch, and takes batches of 8 rows, first as fast as they come, then
 one after each step of an accelerator, which the CPU sleeps through: seconds waited for batches / seconds of steps is
 the input wait. A step lasts as long as a model of 1.5 billion weights takes for the 65,536 tokens on eight H100 at 60%
-MFU, 6 x 1.5e9 x 65,536 / (0.6 x 8 x 989e12) = 0.124 s: larger models and fewer devices wait less. A process that needs more
-private memory than 2 GiB fails (RLIMIT_DATA); pages of the mapped parts, which the system drops where others need
+MFU, 6 x 1.5e9 x 65,536 / (0.6 x 8 x 989e12) = 0.124 s: larger models and fewer devices wait less. A process that needs
+more private memory than 2 GiB fails (RLIMIT_DATA); pages of the mapped parts, which the system drops where others need
 memory, are apart. Targets: under 30 s to the first batch, 2 GiB, and 1% of waiting. `--write` writes
 benchmarks/results/prepared_data.md; run it on an idle machine.
 """

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import itertools
 import os
 import pickle
 import tempfile
@@ -25,7 +24,7 @@ from jaxdistill.reading import Dropped, Malformed, check_kept
 from jaxdistill.records import Example, Problem, Verdict, to_json, whole_file
 from jaxdistill.verify import VerifierPool
 
-_GROUP = 1000  # rows whose answers are compared together
+_GROUP, _GROUP_CHARACTERS = 1000, 2**24  # rows whose answers are compared together, and what they hold, at most
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,7 +119,7 @@ class _Compared:
 
 def _compared(config: ImportConfig, index: EvaluationIndex, verifiers: VerifierPool) -> Iterator[Dropped | _Compared]:
     rows = map(_usable, read_rows(config.inputs, index, Malformed(config.strict)))
-    while group := list(itertools.islice(rows, _GROUP)):
+    for group in _groups(rows):
         outputs = [
             (one.row.response or "", one.row.answer)
             for one in group
@@ -132,6 +131,21 @@ def _compared(config: ImportConfig, index: EvaluationIndex, verifiers: VerifierP
                 yield one
             else:
                 yield _Compared(one, next(verdicts) if config.verify and one.row.answer else None)
+
+
+def _groups(rows: Iterable[Dropped | Read]) -> Iterator[list[Dropped | Read]]:
+    """Rows in their order, as many together as are in memory at a time."""
+    group: list[Dropped | Read] = []
+    characters = 0
+    for row in rows:
+        group.append(row)
+        if isinstance(row, Read):
+            characters += len(row.row.reasoning or "") + len(row.row.response or "")
+        if len(group) == _GROUP or characters >= _GROUP_CHARACTERS:
+            yield group
+            group, characters = [], 0
+    if group:
+        yield group
 
 
 @contextlib.contextmanager

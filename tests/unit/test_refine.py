@@ -23,8 +23,8 @@ from jaxdistill.errors import RunError, UserError
 from jaxdistill.local_teacher.answers import Faults
 from jaxdistill.local_teacher.server import TeacherOptions, running_teacher
 from jaxdistill.reading import Dropped
-from jaxdistill.records import Example, Problem, read_jsonl, write_jsonl
-from jaxdistill.verify import Verifier
+from jaxdistill.records import Example, Problem, Verdict, read_jsonl, write_jsonl
+from jaxdistill.verify import Verifier, VerifierPool
 
 ENGLISH = "A triangle has sides $a = 3$, $b = 4$ and a right angle. Find the third side, given that it is less than 6."
 CHINESE = "一个三角形的边长为 $a = 3$, $b = 4$, 且有一个直角. 已知第三边小于 6, 求第三边."
@@ -311,6 +311,27 @@ def test_a_judge_decides_what_no_rule_can_compare(tmp_path: Path) -> None:
     assert any("rule judge/local-teacher/same_answer.v1@" in row.detail for row in receipts.values())
     with pytest.raises(UserError, match="judge is set and verify is not"):
         dataclasses.replace(judged, verify=False)
+
+
+def test_long_rows_are_compared_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that memory is bounded by their length, and with the same result."""
+    said = "<think>Let us see.</think>\\boxed{1}"
+    rows = [{"id": f"{i}", "problem": f"{i}?", "response": said, "answer": f"{i % 3}"} for i in range(30)]
+    (tmp_path / "set.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    compared: list[int] = []
+    verify_all = VerifierPool.verify_all
+
+    def counted(self: VerifierPool, outputs: list[tuple[str, str]], **options: bool) -> Iterator[Verdict]:
+        compared.append(len(outputs))
+        return verify_all(self, outputs, **options)
+
+    monkeypatch.setattr(VerifierPool, "verify_all", counted)
+    for name in ("together", "apart"):
+        adopt.main(adopt.ImportConfig(inputs=(tmp_path / "set.jsonl",), workdir=tmp_path / name))
+        monkeypatch.setattr(adopt, "_GROUP_CHARACTERS", 3 * len("Let us see.\\boxed{1}"))
+    assert compared == [30] + 10 * [3]
+    together, apart = ((tmp_path / name / "examples.jsonl").read_bytes() for name in ("together", "apart"))
+    assert together == apart != b""
 
 
 def test_nothing_to_import_is_an_error(tmp_path: Path) -> None:
