@@ -28,6 +28,8 @@ class ExportConfig:
     model: Path  # a phase folder of a training run, or a Hugging Face folder
     step: int | None = None  # checkpoint of the phase; the newest by default
     adapters: bool = False  # those of a phase with lora.rank alone, in PEFT's format; by default they are merged
+    adapters_base: str = ""  # the model under the adapters, as PEFT is to find it: a folder, or a name on the hub; by
+    # default the folder trained from
     dtype: str | None = None  # of the tensors, "float32" or "bfloat16"; by default as in the model trained from
     max_shard_gb: float = hf.SHARD_BYTES / 1e9  # of a file of weights; one such file is held in memory at a time
     verify: bool = True  # reload it and compare: every tensor, logits, and greedy text where the model fits in memory
@@ -41,6 +43,8 @@ class ExportConfig:
     def __post_init__(self):
         if self.max_shard_gb <= 0:
             raise UserError(f"max_shard_gb is {self.max_shard_gb}; expected a positive number of gigabytes")
+        if self.adapters_base and not self.adapters:
+            raise UserError(f"adapters_base is {self.adapters_base}; expected with --adapters alone")
 
 
 def main(config: ExportConfig) -> float | None:
@@ -95,7 +99,8 @@ def _export_adapters(config: ExportConfig) -> None:
     """Writes the adapters of a phase in PEFT's format, and reads them back.
 
     Raises:
-      UserError: the phase extended the model's context, which the adapters alone do not tell.
+      UserError: the phase extended the model's context, which the adapters alone do not tell; or PEFT could not open
+        the model that they belong to.
       RunError: what was written is not what the checkpoint holds.
     """
     model, folder = config.model, config.workdir
@@ -107,10 +112,15 @@ def _export_adapters(config: ExportConfig) -> None:
             f"{of_base.max_positions:,}: PEFT's format has no place for that, and who loads the adapters would run "
             "them with the old positions; export the merged model, without adapters"
         )
+    if not config.adapters_base and base_of(base) != base:
+        raise UserError(
+            f"the adapters of {model} belong to {base}, a phase of training, which PEFT cannot open; export that phase "
+            "too, and say where PEFT finds it with --adapters-base FOLDER, or export the merged model, without adapters"
+        )
     facts = {"settings": dataclasses.asdict(config), "model": fingerprint(model, config.step)}
     inputs = [base_of(model) / "config.json"]
     manifest.write_manifest(folder, "export", inputs, {}, verified=False, **facts)
-    lora.save(folder, tensors, declared, c, str(base))
+    lora.save(folder, tensors, declared, c, config.adapters_base or str(base))
     hf.copy_companions(base_of(model), folder)
     if config.verify:
         with lora.opened(folder) as written:

@@ -225,19 +225,43 @@ def test_adapters_of_an_extended_context_are_exported_merged_alone(trained: Trai
 TOKENS = np.random.default_rng(3).integers(3, C.vocab, (1, 50)).astype(np.int32)
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, about how peft asks it
-def test_peft_loads_ours(trained: TrainConfig, exported: Path, model: Path):
+def _by_peft(adapters: Path, model: Path) -> np.ndarray:
+    """Logits of TOKENS as PEFT computes them."""
     peft = pytest.importorskip("peft", reason="peft reads what we write")
     import torch
     import transformers
 
     base = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    theirs = peft.PeftModel.from_pretrained(base, exported).eval()
+    theirs = peft.PeftModel.from_pretrained(base, adapters).eval()
     with torch.no_grad():
-        wanted = theirs(torch.from_numpy(TOKENS).long()).logits.numpy()
+        return theirs(torch.from_numpy(TOKENS).long()).logits.numpy()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, about how peft asks it
+def test_peft_loads_ours(trained: TrainConfig, exported: Path, model: Path):
+    wanted = _by_peft(exported, model)
     with tiny.mesh():
         found = export_check.logits(*_first(load_model(trained.workdir / "sft"), TOKENS))
     assert tiny.largest_relative_difference(found, wanted) < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_adapters_on_another_phase_name_a_model_that_peft_can_open(trained: TrainConfig, tmp_path: Path):
+    phase, base = trained.workdir / "second", tmp_path / "base"
+    how = export.ExportConfig(workdir=tmp_path / "out", model=phase, adapters=True)
+    with pytest.raises(
+        UserError, match=r"belong to .*sft, a phase of training, which PEFT cannot open; .*adapters-base"
+    ):
+        export.main(how)
+    assert not how.workdir.exists()
+    with pytest.raises(UserError, match="expected with --adapters alone"):
+        dataclasses.replace(how, adapters=False, adapters_base="x")
+    export.main(export.ExportConfig(workdir=base, model=trained.workdir / "sft", verify=False))
+    export.main(dataclasses.replace(how, adapters_base=str(base)))
+    assert json.loads((how.workdir / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
+    with tiny.mesh():
+        found = export_check.logits(*_first(load_model(phase), TOKENS))
+    assert tiny.largest_relative_difference(found, _by_peft(how.workdir, base)) < 1e-4
 
 
 def _first(opened: Any, tokens: np.ndarray) -> Any:
