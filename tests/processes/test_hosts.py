@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -166,6 +167,33 @@ def test_a_run_that_loses_a_host_is_preempted_and_resumed_on_fewer_has_the_losse
         assert {step for step, _ in found} == expected.keys() == set(range(1, steps + 1))
         np.testing.assert_allclose([x for _, x in found], [expected[step] for step, _ in found], rtol=1e-5)
     assert json.loads((workdir / "manifest.json").read_text())["devices"] == f"{DEVICES} x cpu"
+
+
+def test_two_hosts_go_on_from_their_own_disks_to_the_same_losses_bit_for_bit(here: Path, tmp_path: Path):
+    """Killed long after the last checkpoint that all could reach, which is that of the first phase."""
+    workdir, every = here / "fast", 5
+    words = ["-m", "jaxdistill", "train", str(here / "recipe.py"), "--workdir", str(workdir)]
+    words += ["--fast.folder", str(tmp_path / "disk"), "--fast.every", str(every)]
+    job = Job(here, workdir, 2, *words)
+    wait_for(job, workdir / "second", 2 * every + 3)
+    for process in job.processes:
+        process.kill()
+    job.wait()
+    before = losses(workdir / "second")
+    assert not list((workdir / "second" / "checkpoints").glob("[0-9]*"))
+
+    job = Job(here, workdir, 2, *words)
+    assert job.wait() == [0, 0], job.log()
+    *_, resumed = map(int, re.findall(r"resumed from step (\d+)", job.files[0].read_text()))  # after the first phase's
+    assert resumed >= 2 * every
+    assert resumed % every == 0
+    found, again = losses(workdir / "second"), losses(workdir / "second")[len(before) :]
+    assert [step for step, _ in again] == list(range(resumed + 1, STEPS["second"] + 1))
+    done_twice = {step: loss for step, loss in again if step <= before[-1][0]}
+    assert done_twice
+    assert done_twice.items() <= dict(before).items()
+    expected = dict(losses(here / "whole" / "second"))
+    np.testing.assert_allclose([x for _, x in found], [expected[step] for step, _ in found], rtol=1e-5)
 
 
 def test_a_mistake_is_every_hosts_mistake(here: Path):
