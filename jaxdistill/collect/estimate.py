@@ -2,6 +2,7 @@
 
 import dataclasses
 import sqlite3
+import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,8 @@ class _Known:
 
     def __init__(self, ledger: Path):
         self._database = sqlite3.connect(f"file:{ledger}?mode=ro", uri=True) if ledger.is_file() else None
+        if self._database:
+            weakref.finalize(self, self._database.close)
         self.answers = 0 if self._database is None else self._one("SELECT count(*) FROM responses")[0]
 
     def _one(self, query: str, *values: str) -> tuple[Any, ...]:

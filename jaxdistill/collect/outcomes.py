@@ -3,6 +3,7 @@
 import pickle
 import sqlite3
 import tempfile
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ class Outcomes:
 
     def __init__(self):
         self._database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+        weakref.finalize(self, self._database.close)  # Python 3.13 warns of connections that are only forgotten
         self._database.execute("PRAGMA journal_mode = OFF")
         self._database.execute(
             "CREATE TABLE outcomes (number INTEGER, sample INTEGER, value BLOB, PRIMARY KEY (number, sample)) "
